@@ -1,0 +1,45 @@
+"""onnxprune: make any ONNX model smaller, and prove that the surgery changed nothing else.
+
+    import onnxprune
+    result = onnxprune.compress("model.onnx", "small.onnx", target="macs=0.5")
+    print(result.after.params, result.verification.max_rel_error)
+
+Each stage is usable by itself: `load` -> `analyse` -> `choose` -> `rewrite` -> `prove`.
+"""
+
+from onnxprune.axes.analysis import Analysis, Group, Member
+from onnxprune.axes.analysis import analyse as analyse_graph
+from onnxprune.errors import (
+    ModelRejected,
+    NothingPrunable,
+    OnnxPruneError,
+    TargetNotReached,
+    UsageError,
+    VerificationFailed,
+)
+from onnxprune.model.graph import Graph, Model
+from onnxprune.model.load import load
+from onnxprune.ops import OPERATORS, Operator, Registry
+from onnxprune.pipeline import Inspection, compress, inspect, verify
+from onnxprune.result import Result, Verification
+from onnxprune.rewrite.rewrite import rewrite
+from onnxprune.select.choose import choose
+from onnxprune.select.plan import Plan
+from onnxprune.select.target import parse_target
+from onnxprune.verify.equivalence import prove
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OPERATORS", "Analysis", "Graph", "Group", "Inspection", "Member", "Model", "ModelRejected", "NothingPrunable",
+    "OnnxPruneError", "Operator", "Plan", "Registry", "Result", "TargetNotReached", "UsageError", "Verification",
+    "VerificationFailed", "analyse", "analyse_graph", "choose", "compress", "inspect", "load", "parse_target", "prove",
+    "rewrite", "verify",
+]
+
+
+def analyse(model, *, exclude=(), input_shapes=None, registry=OPERATORS) -> Analysis:  # type: ignore[no-untyped-def]
+    """Groups, axes, coverage and barriers of a model, given as a path, a ModelProto or a loaded Graph."""
+    if isinstance(model, Graph):
+        return analyse_graph(model, registry=registry, exclude=exclude)
+    return inspect(model, exclude=exclude, input_shapes=input_shapes, registry=registry).analysis

@@ -1,0 +1,347 @@
+"""The command line: options in, one call, a report out. What the commands do is in `pipeline`.
+
+Nothing heavy is imported at the top: `--help` must not wait for onnx, onnxruntime or torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from onnxprune.errors import OnnxPruneError, UsageError
+
+__all__ = ["main"]
+
+INTERNAL, USAGE, INTERRUPTED = 1, 2, 130
+
+EPILOG = """\b
+Exit codes:
+    0  done
+    1  internal error
+    2  usage: an option or argument makes no sense
+    3  model rejected, or nothing in it is prunable
+    4  target not met
+    5  verification failed, nothing was written
+    6  data or hook failed
+  130  interrupted
+"""
+
+# Named here as well so that --help needs no numpy; a test compares them with the tables of `select` and `verify`.
+IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm")
+DEPLOYMENTS = ("ort-cpu", "openvino", "tensorrt", "none")
+OPTIMISATION = ("none", "basic", "extended", "all")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Command(click.Command):
+    """A command whose errors become an `error:` and a `hint:` line; -vv adds the traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, epilog=EPILOG, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
+
+
+class _Group(click.Group):
+    """The top of the command line: usage errors and interruptions end here."""
+
+    command_class = _Command
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.ClickException as error:
+            where = getattr(error, "ctx", None)
+            _complain(error.format_message(), f"see `{where.command_path if where else 'onnxprune'} --help`")
+            code = USAGE
+        except click.Abort:
+            _complain("interrupted", "")
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader of our output has seen enough; the work is done
+            code = 0
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, *, detailed: bool) -> NoReturn:
+    """Say what went wrong and end with the error's exit code."""
+    if detailed:
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if isinstance(error, OnnxPruneError):
+        _complain(str(error), error.hint)
+        code = error.exit_code
+    else:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        _complain(f"internal: {text}", "" if detailed else "run it again with -vv for the traceback, and report it")
+        code = INTERNAL
+    raise click.exceptions.Exit(code)
+
+
+def _complain(message: str, hint: str) -> None:
+    _say(f"error: {message}", err=True)
+    if hint:
+        _say(f"hint: {hint}", err=True)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print, in ASCII where the stream can't show more."""
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        from onnxprune.report.terminal import ascii_only
+
+        text = ascii_only(text)
+    click.echo(text, err=err)
+
+
+class _Progress:
+    """One line on stderr that names the stage; nothing where nobody watches."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.shown = sys.stderr.isatty() and not quiet
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+    def __call__(self, stage: str) -> None:
+        if self.shown:
+            click.echo(f"\r\x1b[K{stage} ...", err=True, nl=False)
+
+
+class _Shape(click.ParamType):
+    """`x:1,3,224,224` or `x:[1,3,224,224]`; the name may hold colons."""
+
+    name = "NAME:SIZES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        name, _, sizes = str(value).rpartition(":")
+        try:
+            shape = tuple(int(n) for n in sizes.strip().removeprefix("[").removesuffix("]").split(","))
+        except ValueError:
+            shape = ()
+        if not name or not shape or min(shape) < 1:
+            self.fail(f"'{value}' is no input shape, such as x:1,3,224,224", param, ctx)
+        return name, shape
+
+
+def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str:
+    """Of two targets the last would silently win."""
+    if len(value) > 1:
+        raise click.BadParameter("give one target", ctx, param)
+    return value[0]
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"onnxprune {version('onnxprune')}")
+        except PackageNotFoundError:
+            click.echo("onnxprune (not installed)")
+        ctx.exit()
+
+
+def _option(*names: str, **settings: Any) -> Callable[[F], F]:
+    return click.option(*names, **settings)
+
+
+_json = _option("--json", "json_to", metavar="FILE|-", is_flag=False, flag_value="-", default=None,
+                help="Write a JSON document; - prints it instead of the table.")
+_verbose = _option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks of errors.")
+_quiet = _option("-q", "--quiet", is_flag=True, help="No table and no progress; warnings and errors only.")
+_seed = _option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+_exclude = _option("--exclude", multiple=True, metavar="REGEX",
+                   help="Keep initializers and nodes whose name matches. May be repeated.")
+_shapes = _option("--input-shapes", multiple=True, type=_Shape(), metavar="NAME:SIZES",
+                  help="Sizes of an input, as in x:1,3,224,224. May be repeated; the output's dynamic sizes stay.")
+_threads = _option("--threads", type=click.IntRange(min=1), default=1, show_default=True,
+                   help="Threads of onnxruntime when latency is measured.")
+
+
+@click.group(cls=_Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"],
+                                                          "max_content_width": 100})
+@_option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def main() -> None:
+    """Remove whole channels, heads and neurons from an ONNX model, and prove with onnxruntime that nothing else
+    changed."""
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", required=False)
+@_option("--target", required=True, multiple=True, callback=_one_target, metavar="KEY=VALUE",
+         help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G or channels=0.5.")
+@_option("--importance", type=click.Choice(IMPORTANCE), default="l2", show_default=True,
+         help="Which units are worth the least.")
+@_option("--scope", type=click.Choice(("global", "local")), default="global", show_default=True,
+         help="Compare units across the model, or prune every group by the same share.")
+@_option("--floor", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True,
+         help="Least fraction of its units that a group keeps.")
+@_option("--deploy", type=click.Choice(DEPLOYMENTS), default="ort-cpu", show_default=True,
+         help="Where the model will run; decides which channel counts are fast.")
+@_option("--align", type=click.IntRange(min=1), metavar="N",
+         help="Keep multiples of N channels, whatever --deploy says.")
+@_exclude
+@_option("--allow-inexact", is_flag=True, help="Also prune groups whose removal changes the function.")
+@_shapes
+@_option("--dry-run", is_flag=True, help="Plan only; write nothing.")
+@_option("--best-effort", is_flag=True, help="Where the target can't be met, write what comes closest.")
+@_option("--force", is_flag=True, help="Overwrite the output.")
+@_json
+@_option("--no-latency", is_flag=True, help="Don't measure latency.")
+@_threads
+@_verbose
+@_quiet
+@_seed
+def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, quiet: bool, no_latency: bool,
+             input_shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) -> None:
+    """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default)."""
+    path = Path(model)
+    output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
+    if not options["dry_run"]:
+        _check_output(output, path, force=options["force"])
+    _check_json(json_to, path, output)
+    from onnxprune import pipeline
+    from onnxprune.report.document import compress_document
+    from onnxprune.report.terminal import compress_report
+
+    with _Progress(quiet=quiet) as progress:
+        result = pipeline.compress(model, output, latency=not no_latency, input_shapes=dict(input_shapes) or None,
+                                   progress=progress, **options)
+    _deliver(json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0),
+             quiet=quiet)
+    for warning in result.warnings:
+        _say(f"warning: {warning}", err=True)
+
+
+@main.command()
+@click.argument("model")
+@_exclude
+@_shapes
+@_json
+@_verbose
+def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+            json_to: str | None, verbose: int) -> None:
+    """Show what is prunable in MODEL, and what stands in the way of the rest."""
+    _check_json(json_to, Path(model))
+    from onnxprune import pipeline
+    from onnxprune.report.document import inspect_document
+    from onnxprune.report.terminal import inspect_report
+
+    found = pipeline.inspect(model, exclude=exclude, input_shapes=dict(input_shapes) or None)
+    timing = {"load_s": found.load_s, "analyse_s": found.analyse_s}
+    _deliver(json_to, lambda: inspect_document(found.summary, found.analysis, timing=timing),
+             lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0))
+
+
+@main.command()
+@click.argument("original")
+@click.argument("pruned")
+@_json
+@_verbose
+@_seed
+def verify(original: str, pruned: str, *, json_to: str | None, verbose: int, seed: int) -> None:
+    """Prove that PRUNED equals ORIGINAL with the removed units masked."""
+    _check_json(json_to, Path(original), Path(pruned))
+    from onnxprune import pipeline
+    from onnxprune.report.document import verify_document
+    from onnxprune.report.terminal import verify_line
+
+    found = pipeline.verify(original, pruned, seed=seed)
+    _deliver(json_to, lambda: verify_document(original, pruned, found), lambda: verify_line(found))
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@_threads
+@_option("--runs", type=click.IntRange(min=1), help="Rounds, instead of a time.")
+@_option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
+         help="Time per model.")
+@_option("--optimisation", type=click.Choice(OPTIMISATION), default="all", show_default=True,
+         help="Graph optimisation level of onnxruntime.")
+@_shapes
+@_json
+@_verbose
+@_seed
+def bench(models: tuple[str, ...], *, input_shapes: tuple[tuple[str, tuple[int, ...]], ...], json_to: str | None,
+          verbose: int, **options: Any) -> None:
+    """Measure the latency of models in turns, and compare each with the first."""
+    _check_json(json_to, *map(Path, models))
+    from onnxprune.report.document import bench_document
+    from onnxprune.report.terminal import bench_table
+    from onnxprune.verify import latency
+
+    measured = latency.bench(models, shapes=dict(input_shapes), **options)
+    _deliver(json_to, lambda: bench_document(models, measured), lambda: bench_table(models, measured))
+
+
+def _check_output(output: Path, model: Path, *, force: bool) -> None:
+    """Before any work is done: the model may be written there. Raises UsageError."""
+    if _same_file(output, model):
+        raise UsageError(f"the output {output} is the model itself", "give another path")
+    if output.is_dir():
+        raise UsageError(f"the output {output} is a folder", "give a file in it")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists already", "--force overwrites it")
+    _check_writable(output)
+
+
+def _check_json(json_to: str | None, *models: Path) -> None:
+    """The document may be written there, and is not about to replace a model. Raises UsageError."""
+    if json_to is None or json_to == "-":
+        return
+    path = Path(json_to)
+    if path.suffix == ".onnx" or any(_same_file(path, model) for model in models):
+        raise UsageError(f"--json {path} would overwrite a model", "--json takes a file of its own, or -")
+    if path.is_dir():
+        raise UsageError(f"--json {path} is a folder", "give a file in it")
+    _check_writable(path)
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+
+
+def _check_writable(path: Path) -> None:
+    """Try it: permissions alone don't tell of read-only file systems."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}", f"is {path.parent} a writable folder?") from None
+
+
+def _deliver(json_to: str | None, document: Callable[[], Mapping[str, Any]], report: Callable[[], str], *,
+             quiet: bool = False) -> None:
+    """JSON to where it is wanted; the report to stdout, unless the JSON goes there."""
+    if json_to is not None:
+        from onnxprune.report.document import to_json
+
+        text = to_json(dict(document()))
+        if json_to == "-":
+            click.echo(text.encode() + b"\n", nl=False)
+        else:
+            Path(json_to).write_text(text + "\n", encoding="utf-8")
+    if json_to != "-" and not quiet:
+        _say(report())

@@ -1,0 +1,43 @@
+"""Every error a user can meet, with the exit code it ends with. Each says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+__all__ = ["ModelRejected", "NothingPrunable", "OnnxPruneError", "TargetNotReached", "UsageError", "VerificationFailed"]
+
+
+class OnnxPruneError(Exception):
+    """Base of all errors that onnxprune raises on purpose. `hint` says what to do; may be empty."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(OnnxPruneError):
+    """An option or argument makes no sense (exit 2)."""
+
+    exit_code = 2
+
+
+class ModelRejected(OnnxPruneError):
+    """The file is not a valid ONNX model, or onnxruntime can't run it (exit 3)."""
+
+    exit_code = 3
+
+
+class NothingPrunable(ModelRejected):
+    """The model is valid but has no group that may be pruned (exit 3)."""
+
+
+class TargetNotReached(OnnxPruneError):
+    """The groups don't allow the target (exit 4)."""
+
+    exit_code = 4
+
+
+class VerificationFailed(OnnxPruneError):
+    """The pruned model does not equal the masked original; nothing was written (exit 5)."""
+
+    exit_code = 5

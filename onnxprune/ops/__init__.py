@@ -1,0 +1,25 @@
+"""The operators: one file per family, one entry per operator, and the table of all of them."""
+
+from onnxprune.ops import (
+    attention,
+    conv,
+    elementwise,
+    generator,
+    layout,
+    matmul,
+    norm,
+    pieces,
+    pool,
+    quant,
+    recurrent,
+    reduce,
+)
+from onnxprune.ops.registry import Operator, Registry
+
+__all__ = ["OPERATORS", "Operator", "Registry"]
+
+OPERATORS = Registry(
+    operator
+    for family in (attention, conv, elementwise, generator, layout, matmul, norm, pieces, pool, quant, recurrent, reduce)
+    for operator in family.OPERATORS
+)

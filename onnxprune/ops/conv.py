@@ -1,0 +1,170 @@
+"""Convolutions: Conv, ConvTranspose and their integer, quantised and fused forms.
+
+With g groups the input channels are (g i), the output channels (g o) and the weight's axes (g o) and i: pruning g
+removes whole groups, pruning o or i the same place in every group. A depthwise Conv is i = o = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from onnxprune.axes.expr import Expr, resolve
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
+
+__all__ = ["OPERATORS"]
+
+
+def convolution(c: AxisContext, x: int, w: int, channelwise: Sequence[int], *, transposed: bool = False) -> Expr:
+    """Relate X.C, the weight's axes and the inputs along the output channels; returns the output's channel axis."""
+    data, weight = c.axes(x), c.axes(w)
+    groups = int(c.attr("group", 1))
+    if len(data) < 3 or len(weight) != len(data) or data[1].size != weight[1 - transposed].size * (
+            1 if transposed else groups):
+        raise GiveUp("the weight does not fit the input")
+    consuming, producing = (0, 1) if transposed else (1, 0)
+    if groups == 1:
+        out = weight[producing]
+        c.contract(Kind.PRODUCT, (x, 1), (w, consuming), fold=not transposed and unpadded(c))
+    else:
+        g = c.note("groups", c.fresh(groups))
+        i = c.fresh(data[1].size // groups)
+        o = c.fresh(weight[0].size // groups) if not transposed else weight[1]
+        c.equal(data[1], c.product(g, i))
+        c.equal(weight[0], c.product(g, i if transposed else o))
+        if not transposed:
+            c.equal(weight[1], i)
+        if i.size > 1:
+            c.contract(Kind.PRODUCT, (x, 1), (w, consuming), over=i)
+        out = c.product(g, o)
+    for k in channelwise:
+        if c.has(k) and c.axes(k) and c.axes(k)[0].size == out.size:
+            c.equal(c.axes(k)[0], out)
+    c.freeze("a kernel's extent", *weight[2:])
+    return out
+
+
+def unpadded(c: AxisContext) -> bool:
+    """True where no zero-padding mixes with the input."""
+    return c.attr("auto_pad", "NOTSET") in ("NOTSET", "VALID") and not any(c.attr("pads", []))
+
+
+def image(c: AxisContext, x: int, out: Expr) -> None:
+    """The output of something that slides over the spatial axes."""
+    c.freeze("a spatial axis", *c.axes(x)[2:])
+    c.output(c.axes(x)[0], out, *(c.frozen(n, "a spatial axis") for n in c.output_shape()[2:]))
+
+
+def conv_axes(c: AxisContext) -> None:
+    image(c, 0, convolution(c, 0, 1, (2,)))
+
+
+def conv_transpose_axes(c: AxisContext) -> None:
+    image(c, 0, convolution(c, 0, 1, (2,), transposed=True))
+
+
+def fused_conv_axes(c: AxisContext) -> None:
+    """An activation, and optionally a tensor Z added before it."""
+    out = convolution(c, 0, 1, (2,))
+    if c.has(3):
+        c.equal(c.axes(3)[1], out)
+    image(c, 0, out)
+
+
+def conv_integer_axes(c: AxisContext) -> None:
+    image(c, 0, convolution(c, 0, 1, (3,)))
+
+
+def qlinear_conv_axes(c: AxisContext) -> None:
+    """Inputs x, its scale and zero point, w, its scale and zero point, y's scale and zero point, B."""
+    image(c, 0, convolution(c, 0, 3, (4, 5, 8)))
+
+
+def deform_conv_axes(c: AxisContext) -> None:
+    """Offsets and mask are per offset group, which an input channel belongs to: those channels stay."""
+    out = convolution(c, 0, 1, (3,))
+    if int(c.attr("offset_group", 1)) > 1:
+        c.freeze("several offset groups", c.axes(0)[1])
+    for k in (2, 4):
+        if c.has(k):
+            c.freeze("offsets of a deformable convolution", *c.axes(k))
+    image(c, 0, out)
+
+
+def conv_dead(x: int, w: int, *added: int):
+    """Zero where the weight's rows (or, per group, the input) are zero and so is everything added."""
+
+    def dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+        terms = (states[k] for k in added if k < len(states) and node.inputs[k])
+        return 0.0 if (states[x] == 0 or states[w] == 0) and all(t == 0 for t in terms) else None
+
+    return dead
+
+
+_RESTING_AT_ZERO = {"Relu", "Tanh", "LeakyRelu", "Clip", "HardSwish", ""}
+
+
+def fused_conv_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    resting = node.attributes.get("activation", "") in _RESTING_AT_ZERO
+    return conv_dead(0, 1, 2, 3)(node, states) if resting else None
+
+
+def conv_macs(w: int):
+    def macs(node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]) -> list[Term]:
+        weight, out = inputs[w], outputs[0]
+        return [(1.0, (*out, *weight[1:]))]
+
+    return macs
+
+
+def conv_transpose_macs(
+    node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]
+) -> list[Term]:
+    data, weight = inputs[0], inputs[1]
+    return [(1.0, (*data, *weight[1:]))]
+
+
+def patch_groups(p: PatchContext) -> None:
+    if int(p.attr("group", 1)) > 1:
+        p.set_attr("group", p.noted("groups"))
+
+
+def fused_shape(node, inputs):
+    """FusedConv: as Conv, computed here because onnx does not know the operator."""
+    (elem, x), (_, w) = inputs[0], inputs[1]
+    rank = len(x) - 2
+    kernel = node.attributes.get("kernel_shape") or w[2:]
+    strides = node.attributes.get("strides") or [1] * rank
+    dilations = node.attributes.get("dilations") or [1] * rank
+    pads = node.attributes.get("pads") or [0] * (2 * rank)
+    auto = node.attributes.get("auto_pad", "NOTSET")
+    out = []
+    for k in range(rank):
+        if x[2 + k] is None:
+            out.append(None)
+        elif auto.startswith("SAME"):
+            out.append(-(-x[2 + k] // strides[k]))
+        else:
+            span = dilations[k] * (kernel[k] - 1) + 1
+            out.append((x[2 + k] + pads[k] + pads[rank + k] - span) // strides[k] + 1)
+    return [(elem, (x[0], w[0], *out))]
+
+
+def _zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return conv_dead(0, 3, 8)(node, states)
+
+
+OPERATORS = (
+    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2),
+    Operator("ConvTranspose", conv_transpose_axes, conv_dead(0, 1, 2), conv_transpose_macs, patch_groups),
+    Operator("ConvInteger", conv_integer_axes, conv_dead(0, 1), conv_macs(1), patch_groups,
+             keeps=frozenset({2, 3}), quantised=((1, 3),)),
+    Operator("QLinearConv", qlinear_conv_axes, _zero_dead, conv_macs(3), patch_groups,
+             keeps=frozenset({1, 2, 4, 5, 6, 7}), quantised=((3, 5),)),
+    Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups),
+    Operator("com.microsoft::FusedConv", fused_conv_axes, fused_conv_dead, conv_macs(1), patch_groups,
+             shape=fused_shape),
+)
+
+_ = (prod, resolve)

@@ -1,0 +1,262 @@
+"""Matrix products: the contracted axes are equal, the others pass through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnxprune.axes.expr import Expr
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
+
+__all__ = ["OPERATORS", "product_dead"]
+
+
+def product_dead(a: int, b: int, *added: int):
+    """A product is zero where a factor is, and what is added to it as well."""
+
+    def dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+        terms = (states[k] for k in added if k < len(states) and node.inputs[k])
+        return 0.0 if (states[a] == 0 or states[b] == 0) and all(t == 0 for t in terms) else None
+
+    return dead
+
+
+def matmul(c: AxisContext, a: int, b: int, *, last_a: int = -1, row_b: int = -2) -> tuple[Expr, ...]:
+    """numpy's matmul, with the contracted axes at `last_a` and `row_b`; returns the output's axes."""
+    x, y = c.axes(a), c.axes(b)
+    if not x or not y:
+        raise GiveUp("a matrix product of scalars")
+    ka = len(x) - 1 if len(x) == 1 else last_a % len(x)
+    kb = 0 if len(y) == 1 else row_b % len(y)
+    c.contract(Kind.PRODUCT, (a, ka), (b, kb), fold=len(y) == 2)
+    batch: list[Expr] = []
+    left, right = x[:-2], y[:-2]
+    for k in range(-max(len(left), len(right)), 0):
+        aligned = [s[k] for s in (left, right) if len(s) >= -k]
+        wide = [e for e in aligned if e.size != 1] or aligned[:1]
+        c.equal(*wide)
+        batch.append(wide[0])
+    rows = [] if len(x) == 1 else [x[-2 if ka == len(x) - 1 else -1]]
+    columns = [] if len(y) == 1 else [y[-1 if kb == len(y) - 2 else -2]]
+    return (*batch, *rows, *columns)
+
+
+def matmul_axes(c: AxisContext) -> None:
+    c.output(*matmul(c, 0, 1))
+
+
+def fused_matmul_axes(c: AxisContext) -> None:
+    if c.attr("transBatchA", 0) or c.attr("transBatchB", 0):
+        raise GiveUp("a matrix product with transposed batch axes")
+    c.output(*matmul(c, 0, 1, last_a=-2 if c.attr("transA", 0) else -1, row_b=-1 if c.attr("transB", 0) else -2))
+
+
+def gemm_axes(c: AxisContext) -> None:
+    x, kb = c.axes(0), (1 if c.attr("transB", 0) else 0)
+    ka = 0 if c.attr("transA", 0) else len(x) - 1  # some exporters leave leading axes in place
+    c.contract(Kind.PRODUCT, (0, ka), (1, kb), fold=len(x) == 2)
+    out = (*(e for k, e in enumerate(x) if k != ka), c.axes(1)[1 - kb])
+    if c.has(2):
+        bias = c.axes(2)
+        for axis, target in zip(reversed(bias), reversed(out), strict=False):
+            if axis.size != 1:
+                c.equal(axis, target)
+    c.output(*out)
+
+
+def columnwise(c: AxisContext, out: Expr, *inputs: int) -> None:
+    """Scales, zero points and biases that follow the columns."""
+    for i in inputs:
+        if c.has(i) and c.axes(i) and c.axes(i)[-1].size == out.size and out.size > 1:
+            c.equal(c.axes(i)[-1], out)
+
+
+def matmul_integer_axes(c: AxisContext) -> None:
+    out = matmul(c, 0, 1)
+    columnwise(c, out[-1], 3)
+    c.output(*out)
+
+
+def qlinear_matmul_axes(c: AxisContext) -> None:
+    out = matmul(c, 0, 3)
+    columnwise(c, out[-1], 4, 5)
+    c.output(*out)
+
+
+def matmul_integer_to_float_axes(c: AxisContext) -> None:
+    """A, B, A's scale, B's scale, A's zero point, B's zero point, bias."""
+    out = matmul(c, 0, 1)
+    columnwise(c, out[-1], 3, 5, 6)
+    c.output(*out)
+
+
+def dynamic_quantize_matmul_axes(c: AxisContext) -> None:
+    """A, B, B's scale, B's zero point, bias."""
+    out = matmul(c, 0, 1)
+    columnwise(c, out[-1], 2, 3, 4)
+    c.output(*out)
+
+
+def qgemm_axes(c: AxisContext) -> None:
+    """A, A's scale and zero point, B, B's scale and zero point, C, y's scale and zero point."""
+    ka, kb = (0 if c.attr("transA", 0) else 1), (1 if c.attr("transB", 0) else 0)
+    c.contract(Kind.PRODUCT, (0, ka), (3, kb))
+    out = (c.axes(0)[1 - ka], c.axes(3)[1 - kb])
+    columnwise(c, out[1], 4, 5, 6)
+    c.output(*out)
+
+
+def matmul_nbits_axes(c: AxisContext) -> None:
+    """B is N x blocks x bytes, and K = (blocks block_size): whole blocks go, and the bytes inside a block stay."""
+    block = int(c.attr("block_size"))
+    x, b = c.axes(0), c.axes(1)
+    n_axis, blocks = b[0], b[1]
+    if x[-1].size % block:
+        raise GiveUp("the contracted axis is not a whole number of blocks")
+    outer, inner = c.split(x[-1], blocks.size)
+    c.equal(outer, blocks)
+    c.freeze("inside a quantisation block", inner, b[2])
+    c.contract(Kind.PRODUCT, (0, len(x) - 1), (1, 1), over=outer)
+    for i in (2, 3):
+        if c.has(i):
+            follow_blocks(c, i, n_axis, blocks)
+    if c.has(4):
+        c.freeze("a group index of quantised columns", *c.axes(4), outer)
+    columnwise(c, n_axis, 5)
+    c.output(*x[:-1], n_axis)
+
+
+def follow_blocks(c: AxisContext, i: int, rows: Expr, blocks: Expr) -> None:
+    """Scales and zero points: rows x blocks, flat or not; packed zero points freeze the blocks."""
+    axes = c.axes(i)
+    if len(axes) == 2 and axes[0].size == rows.size and axes[1].size == blocks.size:
+        c.equal(axes[0], rows)
+        c.equal(axes[1], blocks)
+    elif len(axes) == 1 and axes[0].size == rows.size * blocks.size:
+        c.equal(axes[0], c.product(rows, blocks))
+    elif len(axes) == 1 and axes[0].size % rows.size == 0:
+        c.freeze("zero points packed over blocks", blocks)
+        c.equal(axes[0], c.product(rows, c.frozen(axes[0].size // rows.size)))
+    elif len(axes) == 2 and axes[0].size == rows.size:
+        c.freeze("zero points packed over blocks", blocks, axes[1])
+        c.equal(axes[0], rows)
+    else:
+        raise GiveUp("the layout of the quantisation parameters is unknown")
+
+
+def patch_nbits(p: PatchContext) -> None:
+    p.set_attr("N", p.after(1)[0])
+    p.set_attr("K", p.after(0)[-1])
+
+
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """Labels of every input axis and of the output; an ellipsis becomes labels of its own."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    widest = max((r - len(t.replace("...", "")) for t, r in zip(left.split(","), ranks, strict=True)), default=0)
+    hidden = [f"...{k}" for k in range(widest)]
+
+    def expand(term: str, rank: int | None = None) -> list[str]:
+        if "..." not in term:
+            return list(term)
+        before, after = term.split("...")
+        count = widest if rank is None else rank - len(before) - len(after)
+        return [*before, *hidden[widest - count:], *after]
+
+    terms = [expand(t, r) for t, r in zip(left.split(","), ranks, strict=True)]
+    if arrow:
+        return terms, expand(right)
+    flat = [label for t in terms for label in t]
+    return terms, [*hidden, *sorted({x for x in flat if flat.count(x) == 1 and x not in hidden})]
+
+
+def einsum_axes(c: AxisContext) -> None:
+    count = len(c.node.inputs)
+    terms, result = einsum_terms(c.attr("equation"), [c.rank(i) for i in range(count)])
+    positions: dict[str, list[tuple[int, int]]] = {}
+    for i, term in enumerate(terms):
+        for k, label in enumerate(term):
+            positions.setdefault(label, []).append((i, k))
+    named: dict[str, Expr] = {}
+    for label, where in positions.items():
+        axes = [c.axes(i)[k] for i, k in where]
+        wide = [e for e in axes if e.size != 1] or axes[:1]
+        c.equal(*wide)
+        named[label] = wide[0]
+        if label not in result:
+            spots = tuple((i, k) for i, k in where if c.axes(i)[k].size == wide[0].size)
+            c.contract(Kind.PRODUCT if count > 1 and len(spots) > 1 else Kind.SUM, *spots)
+    c.output(*(named[label] for label in result))
+
+
+def einsum_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if any(s == 0 for s in states) else None
+
+
+def _matmul_macs(a: int, b: int):
+    def macs(node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]) -> list[Term]:
+        k = 1 if node.attributes.get("transA") and len(inputs[a]) == 2 else len(inputs[a]) - 1
+        if node.attributes.get("transA"):
+            k = len(inputs[a]) - 2
+        return [(1.0, (*outputs[0], inputs[a][k]))]
+
+    return macs
+
+
+def einsum_macs(
+    node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]
+) -> list[Term]:
+    """The product of all labels' sizes: the cost of two operands, an upper bound for more."""
+    terms, _ = einsum_terms(node.attributes["equation"], [len(a) for a in inputs])
+    sizes: dict[str, Expr] = {}
+    for term, axes in zip(terms, inputs, strict=True):
+        for label, axis in zip(term, axes, strict=True):
+            if label not in sizes or sizes[label].size == 1:
+                sizes[label] = axis
+    return [(1.0, tuple(sizes.values()))] if len(inputs) > 1 else []
+
+
+def _broadcast_matmul(node: NodeView, inputs, *, elem: int | None = None):
+    """Shape of a (Fused)MatMul."""
+    (kind, x), (_, y) = inputs[0], inputs[1]
+    x = (*x[:-2], x[-1], x[-2]) if node.attributes.get("transA") else x
+    y = (*y[:-2], y[-1], y[-2]) if node.attributes.get("transB") else y
+    batch = [max((s for s in pair if s is not None), default=None)
+             for pair in _aligned(x[:-2], y[:-2])]
+    tail = [*(x[-2:-1] if len(x) > 1 else ()), *(y[-1:] if len(y) > 1 else ())]
+    return [(elem or kind, (*batch, *tail))]
+
+
+def _aligned(a, b):
+    n = max(len(a), len(b))
+    return list(zip((1,) * (n - len(a)) + tuple(a), (1,) * (n - len(b)) + tuple(b), strict=True))
+
+
+def nbits_shape(node, inputs):
+    elem, x = inputs[0]
+    return [(elem, (*x[:-1], int(node.attributes["N"])))]
+
+
+OPERATORS = (
+    Operator("MatMul", matmul_axes, product_dead(0, 1), _matmul_macs(0, 1),
+             evaluate=lambda n, a, b: np.matmul(a, b)),
+    Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2),
+    Operator("MatMulInteger", matmul_integer_axes, product_dead(0, 1), _matmul_macs(0, 1),
+             keeps=frozenset({2, 3}), quantised=((1, 3),)),
+    Operator("QLinearMatMul", qlinear_matmul_axes, product_dead(0, 3), _matmul_macs(0, 3),
+             keeps=frozenset({1, 2, 4, 5, 6, 7}), quantised=((3, 5),)),
+    Operator("Einsum", einsum_axes, einsum_dead, einsum_macs),
+    Operator("com.microsoft::FusedMatMul", fused_matmul_axes, product_dead(0, 1), _matmul_macs(0, 1),
+             shape=_broadcast_matmul),
+    Operator("com.microsoft::MatMulIntegerToFloat", matmul_integer_to_float_axes, product_dead(0, 1, 6),
+             _matmul_macs(0, 1), keeps=frozenset({2, 3, 4, 5}), quantised=((1, 5),),
+             shape=lambda n, i: _broadcast_matmul(n, i, elem=i[2][0])),
+    Operator("com.microsoft::DynamicQuantizeMatMul", dynamic_quantize_matmul_axes, product_dead(0, 1, 4),
+             _matmul_macs(0, 1), keeps=frozenset({2, 3}), quantised=((1, 3),), shape=_broadcast_matmul),
+    Operator("com.microsoft::QGemm", qgemm_axes, product_dead(0, 3, 6), _matmul_macs(0, 3),
+             keeps=frozenset({1, 2, 4, 5, 7, 8}), quantised=((3, 5),),
+             shape=lambda n, i: _broadcast_matmul(n, [i[0], i[3]])),
+    Operator("com.microsoft::MatMulNBits", matmul_nbits_axes, product_dead(0, 2, 5),
+             lambda n, i, o: [(1.0, (*o[0], i[0][-1]))], patch_nbits, keeps=frozenset({1, 3}), shape=nbits_shape),
+)

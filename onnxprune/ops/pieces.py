@@ -1,0 +1,429 @@
+"""Operators that put axes together and take them apart: Concat, Split, Slice, Pad, Gather and their relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxprune.axes.expr import Expr, is_frozen
+from onnxprune.ops.layout import carried
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
+
+__all__ = ["OPERATORS"]
+
+LONGEST_GATHER = 512  # runs of indices that an axis is cut into at most; more are positions, not channels
+
+
+def concat_axes(c: AxisContext) -> None:
+    count = len(c.node.inputs)
+    parts = [c.axes(i) for i in range(count)]
+    rank = len(parts[0])
+    axis = int(c.attr("axis", 1 if c.node.opset < 4 else 0)) % rank
+    for k in range(rank):
+        if k != axis:
+            c.equal(*(p[k] for p in parts))
+    joined = c.sum(*(p[axis] for p in parts)) if all(p[axis].size >= 0 for p in parts) else None
+    if joined is None:
+        c.freeze("its size is unknown where it is concatenated", *(p[axis] for p in parts))
+        joined = c.frozen(c.output_shape()[axis])
+    c.output(*parts[0][:axis], joined, *parts[0][axis + 1:])
+
+
+def joined_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    """Inputs that carry the unit have the same value; those that don't are nan here."""
+    carriers = {s for s in states if s is None or s == s}
+    return carriers.pop() if len(carriers) == 1 else None
+
+
+def split_sizes(c: AxisContext | PatchContext, total: int) -> list[int]:
+    given = c.attr("split") if c.node.opset < 13 else (c.value(1) if c.has(1) else None)
+    if given is None and c.node.opset >= 13 and c.has(1):
+        raise GiveUp("the sizes of a Split are computed from the data")
+    if given is not None:
+        return [int(n) for n in np.asarray(given).reshape(-1)]
+    count = len(c.node.outputs)
+    each = -(-total // count)
+    return [min(each, total - each * k) for k in range(count)]
+
+
+def split_axes(c: AxisContext) -> None:
+    x = c.axes(0)
+    axis = int(c.attr("axis", 0)) % len(x)
+    sizes = split_sizes(c, x[axis].size)
+    for j, part in enumerate(c.cut(x[axis], sizes)):
+        c.output(*x[:axis], part, *x[axis + 1:], j=j)
+
+
+def patch_split(p: PatchContext) -> None:
+    axis = int(p.attr("axis", 0)) % len(p.before(0))
+    if p.before(0)[axis] == p.after(0)[axis]:
+        return
+    sizes = np.array([p.after_out(j)[axis] for j in range(len(p.node.outputs))], np.int64)
+    if p.node.opset < 13:
+        p.set_attr("split", sizes.tolist())
+    elif p.has(1):
+        p.want(1, sizes)
+    elif len(set(sizes.tolist())) > 1:
+        p.set_attr("num_outputs", None)
+        p.add_input(1, sizes)
+
+
+def slice_bounds(c: AxisContext | PatchContext, rank: int) -> list[tuple[int, int, int, int, int]]:
+    """(position in the lists, axis, start, end, step), as written."""
+    if c.node.opset < 10:
+        starts, ends, axes, steps = c.attr("starts"), c.attr("ends"), c.attr("axes"), None
+    else:
+        starts, ends = c.value(1), c.value(2)
+        axes = c.value(3) if c.has(3) else None
+        steps = c.value(4) if c.has(4) else None
+        if starts is None or ends is None or (c.has(3) and axes is None) or (c.has(4) and steps is None):
+            raise GiveUp("the bounds of a Slice are computed from the data")
+    starts, ends = np.asarray(starts).reshape(-1), np.asarray(ends).reshape(-1)
+    axes = range(len(starts)) if axes is None else np.asarray(axes).reshape(-1)
+    steps = [1] * len(starts) if steps is None else np.asarray(steps).reshape(-1)
+    return [(k, int(a) % rank, int(s), int(e), int(t))
+            for k, (a, s, e, t) in enumerate(zip(axes, starts, ends, steps, strict=True))]
+
+
+def slice_axes(c: AxisContext) -> None:
+    try:
+        bounds = slice_bounds(c, c.rank(0))
+    except GiveUp as reason:
+        sliced_somewhere(c, str(reason))
+        return
+    out = list(c.axes(0))
+    for _, axis, start, end, step in bounds:
+        out[axis] = sliced(c, out[axis], start, end, step)
+    c.output(*out)
+
+
+def sliced_somewhere(c: AxisContext, reason: str) -> None:
+    """Bounds unknown: the axes that keep their size may still be cut anywhere, so only listed axes are frozen."""
+    x = c.axes(0)
+    axes = c.value(3) if c.has(3) else None
+    touched = range(len(x)) if axes is None else [int(a) % len(x) for a in np.asarray(axes).reshape(-1)]
+    c.freeze(reason, *(x[k] for k in touched))
+    sizes = c.output_shape()
+    c.output(*(c.frozen(sizes[k]) if k in touched else e for k, e in enumerate(x)))
+
+
+def sliced(c: AxisContext, expr: Expr, start: int, end: int, step: int) -> Expr:
+    n = expr.size
+    if n < 0:
+        return c.frozen(None)
+    if step < 0:
+        c.freeze("a Slice runs over it backwards", expr)
+        return c.frozen(len(range(n)[start:end if end >= -n else None:step]))
+    low, high, _ = slice(start, end).indices(n)
+    high = max(low, high)
+    if step == 1:
+        return c.cut(expr, [low, high - low, n - high])[1]
+    count = len(range(low, high, step))
+    if n % step or low >= step or count != n // step or is_frozen(expr):
+        c.freeze("a strided Slice that isn't a whole factor", expr)
+        return c.frozen(count)
+    outer, inner = c.split(expr, n // step)
+    c.freeze("the stride of a Slice", inner)
+    return outer
+
+
+def patch_slice(p: PatchContext) -> None:
+    """Bounds are moved to the same units; an end beyond the axis stays beyond it."""
+    try:
+        bounds = slice_bounds(p, len(p.before(0)))
+    except GiveUp:
+        return
+    starts, ends = [b[2] for b in bounds], [b[3] for b in bounds]
+    for k, axis, start, end, step in bounds:
+        kept = p.kept(0, axis)
+        if kept is None or step < 0:
+            continue
+        n = p.before(0)[axis]
+        low, high, _ = slice(start, end).indices(n)
+        starts[k] = low if step > 1 else int(np.searchsorted(kept, low))
+        if -n <= end < n:
+            ends[k] = int(np.searchsorted(kept, max(low, high)))
+    if p.node.opset < 10:
+        p.set_attr("starts", starts)
+        p.set_attr("ends", ends)
+    else:
+        p.want(1, np.array(starts, np.int64))
+        p.want(2, np.array(ends, np.int64))
+
+
+def pad_amounts(c: AxisContext | PatchContext, rank: int) -> list[tuple[int, int]]:
+    pads = c.attr("pads") if c.node.opset < 11 else c.value(1)
+    if pads is None:
+        raise GiveUp("the amounts of a Pad are computed from the data")
+    pads = [int(n) for n in np.asarray(pads).reshape(-1)]
+    axes = range(rank)
+    if c.has(3):
+        given = c.value(3)
+        if given is None:
+            raise GiveUp("the axes of a Pad are computed from the data")
+        axes = [int(a) % rank for a in np.asarray(given).reshape(-1)]
+    amounts = [(0, 0)] * rank
+    for k, axis in enumerate(axes):
+        amounts[axis] = (pads[k], pads[k + len(axes)])
+    return amounts
+
+
+def pad_axes(c: AxisContext) -> None:
+    """The padding of an axis is a part of its own, and may be pruned like one (option-A shortcuts)."""
+    x, sizes = c.axes(0), c.output_shape()
+    try:
+        amounts = pad_amounts(c, len(x))
+    except GiveUp:
+        amounts = [(0, 0) if e.size == n else (-1, -1) for e, n in zip(x, sizes, strict=True)]
+    out: list[Expr] = []
+    for k, (expr, (low, high)) in enumerate(zip(x, amounts, strict=True)):
+        if (low, high) == (0, 0):
+            out.append(expr)
+        elif low < 0 or high < 0 or is_frozen(expr) or c.attr("mode", "constant") != "constant":
+            c.freeze("a Pad runs over it", expr)
+            out.append(c.frozen(sizes[k]))
+        else:
+            sides = [c.note(f"low{k}", c.fresh(low)), c.note(f"high{k}", c.fresh(high))]
+            out.append(c.sum(sides[0], expr, sides[1]))
+    c.output(*out)
+
+
+def pad_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    """nan: the input doesn't carry the unit, which is padding then. Only padding with zero is accounted for."""
+    filled = states[2] if len(states) > 2 and node.inputs[2] else float(node.attributes.get("value", 0.0))
+    if filled != 0:
+        return None
+    return 0.0 if states[0] is not None and (states[0] == 0 or states[0] != states[0]) else None
+
+
+def patch_pad(p: PatchContext) -> None:
+    rank = len(p.before(0))
+    try:
+        amounts = pad_amounts(p, rank)
+    except GiveUp:
+        return
+    changed = [k for k in range(rank) if p.before_out()[k] != p.after_out()[k] and any(amounts[k])]
+    if not changed:
+        return
+    for k in changed:
+        amounts[k] = (p.noted(f"low{k}"), p.noted(f"high{k}"))
+    axes = range(rank)
+    if p.has(3):
+        axes = [int(a) % rank for a in np.asarray(p.value(3)).reshape(-1)]
+    pads = np.array([amounts[k][0] for k in axes] + [amounts[k][1] for k in axes], np.int64)
+    if p.node.opset < 11:
+        p.set_attr("pads", pads.tolist())
+    else:
+        p.want(1, pads)
+
+
+def gather_axes(c: AxisContext) -> None:
+    data, index = c.axes(0), c.axes(1)
+    axis = int(c.attr("axis", 0)) % len(data)
+    picked = gathered(c, data[axis], index)
+    c.output(*data[:axis], *picked, *data[axis + 1:])
+
+
+def gathered(c: AxisContext, expr: Expr, index: Sequence[Expr]) -> Sequence[Expr]:
+    """The axes that take the place of a gathered one: the pieces that constant indices cut out of it."""
+    value = c.value(1)
+    if value is None or is_frozen(expr) or expr.size < 0 or len(index) > 1 or value.size == 0:
+        c.freeze("it is looked up by index", expr)
+        return index
+    flat = [int(v) % expr.size for v in np.asarray(value).reshape(-1)]
+    runs: list[list[int]] = []
+    for v in flat:
+        if runs and v == runs[-1][1]:
+            runs[-1][1] = v + 1
+        else:
+            runs.append([v, v + 1])
+    if len(runs) > LONGEST_GATHER:
+        c.freeze("it is looked up by index", expr)
+        return index
+    bounds = sorted({0, expr.size, *(b for run in runs for b in run)})
+    pieces = dict(zip(bounds, c.cut(expr, np.diff(bounds).tolist()), strict=False))
+    picked = [c.sum(*(pieces[b] for b in bounds if low <= b < high)) for low, high in runs]
+    if not index:
+        c.freeze("one index is picked out of it", picked[0])
+        return ()
+    return (c.sum(*picked),)
+
+
+def patch_gather(p: PatchContext) -> None:
+    axis = int(p.attr("axis", 0)) % len(p.before(0))
+    kept, value = p.kept(0, axis), p.value(1)
+    if kept is None or value is None:
+        return
+    n = p.before(0)[axis]
+    place = np.full(n, -1, np.int64)
+    place[kept] = np.arange(len(kept))
+    moved = place[np.asarray(value).astype(np.int64) % n]
+    p.want(1, (moved[moved >= 0] if moved.ndim else moved).astype(value.dtype))
+
+
+def gather_elements_axes(c: AxisContext) -> None:
+    data, index = c.axes(0), c.axes(1)
+    axis = int(c.attr("axis", 0)) % len(data)
+    c.freeze("it is looked up by index", data[axis], index[axis])
+    for k, (a, b) in enumerate(zip(data, index, strict=True)):
+        if k != axis:
+            c.equal(a, b) if a.size == b.size else c.freeze("it is looked up by index", a, b)
+    c.output(*index)
+
+
+def gather_nd_axes(c: AxisContext) -> None:
+    data, index = c.axes(0), c.axes(1)
+    batch, depth = int(c.attr("batch_dims", 0)), index[-1].size
+    if depth < 0:
+        raise GiveUp("the depth of the indices is unknown")
+    for a, b in zip(data[:batch], index[:batch], strict=True):
+        c.equal(a, b)
+    c.freeze("it is looked up by index", *data[batch:batch + depth], index[-1])
+    c.output(*index[:-1], *data[batch + depth:])
+
+
+def scatter_nd_axes(c: AxisContext) -> None:
+    data, index, updates = c.axes(0), c.axes(1), c.axes(2)
+    depth = index[-1].size
+    if depth < 0:
+        raise GiveUp("the depth of the indices is unknown")
+    c.freeze("it is written by index", *data[:depth], *index, *updates[:len(index) - 1])
+    for a, b in zip(data[depth:], updates[len(index) - 1:], strict=True):
+        c.equal(a, b)
+    c.output(*data)
+
+
+def scatter_elements_axes(c: AxisContext) -> None:
+    data, index, updates = c.axes(0), c.axes(1), c.axes(2)
+    axis = int(c.attr("axis", 0)) % len(data)
+    for k, (a, b, u) in enumerate(zip(data, index, updates, strict=True)):
+        if k != axis and a.size == b.size:
+            c.equal(a, b, u)
+        else:
+            c.freeze("it is written by index", a, b, u)
+    c.output(*data)
+
+
+def scattered_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 and states[2] == 0 else None
+
+
+def along(name: str, reason: str, default: int | None = None, dead: Any = carried) -> Operator:
+    """An operator that keeps its first input's axes and must keep one of them whole."""
+
+    def axes(c: AxisContext) -> None:
+        x = c.axes(0)
+        given = c.attr("axis", default)
+        given = c.known(1, "the axis") if given is None else given
+        c.freeze(reason, x[int(np.asarray(given).reshape(-1)[0]) % len(x)])
+        for j in range(len(c.node.outputs)):
+            c.output(*x, j=j)
+
+    return Operator(name, axes, dead)
+
+
+def top_k_axes(c: AxisContext) -> None:
+    x = c.axes(0)
+    axis = int(c.attr("axis", -1)) % len(x)
+    c.freeze("a TopK runs over it", x[axis])
+    for j in range(len(c.node.outputs)):
+        c.output(*x[:axis], c.frozen(c.output_shape(j)[axis]), *x[axis + 1:], j=j)
+
+
+def trilu_axes(c: AxisContext) -> None:
+    c.freeze("a Trilu runs over it", *c.axes(0)[-2:])
+    c.output(*c.axes(0))
+
+
+def reverse_sequence_axes(c: AxisContext) -> None:
+    x = c.axes(0)
+    c.freeze("a ReverseSequence runs over it", *x[:2])
+    c.output(*x)
+
+
+def zero_carried(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 else None
+
+
+def _concat(n: NodeView, *xs: Any) -> Any:
+    return np.concatenate(xs, axis=int(n.attributes.get("axis", 0)))
+
+
+def _slice(n: NodeView, x: Any, starts: Any = None, ends: Any = None, axes: Any = None, steps: Any = None) -> Any:
+    starts = n.attributes.get("starts") if starts is None else starts
+    ends = n.attributes.get("ends") if ends is None else ends
+    axes = n.attributes.get("axes") if axes is None else axes
+    axes = range(len(starts)) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    index = [slice(None)] * x.ndim
+    for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
+        s, e, t = int(s), int(e), int(t)
+        index[int(a)] = slice(s, None if t < 0 and e < -x.shape[int(a)] else e, t)
+    return x[tuple(index)]
+
+
+def _split(n: NodeView, x: Any, sizes: Any = None) -> Any:
+    axis = int(n.attributes.get("axis", 0))
+    sizes = n.attributes.get("split") if sizes is None else sizes
+    if sizes is None:
+        each = -(-x.shape[axis] // len(n.outputs))
+        return tuple(np.split(x, [each * k for k in range(1, len(n.outputs))], axis))
+    return tuple(np.split(x, np.cumsum(np.asarray(sizes, np.int64))[:-1], axis))
+
+
+def _gather(n: NodeView, x: Any, index: Any) -> Any:
+    return np.take(x, np.asarray(index).astype(np.int64), axis=int(n.attributes.get("axis", 0)))
+
+
+def _gather_nd(n: NodeView, x: Any, index: Any) -> Any:
+    if n.attributes.get("batch_dims", 0):
+        raise ValueError("batch dimensions")
+    return x[tuple(np.moveaxis(np.asarray(index).astype(np.int64), -1, 0))]
+
+
+def _scatter_nd(n: NodeView, x: Any, index: Any, updates: Any) -> Any:
+    if n.attributes.get("reduction", "none") != "none":
+        raise ValueError("reduction")
+    out = np.array(x)
+    out[tuple(np.moveaxis(np.asarray(index).astype(np.int64), -1, 0))] = updates
+    return out
+
+
+def _pad(n: NodeView, x: Any, pads: Any = None, value: Any = None, axes: Any = None) -> Any:
+    if axes is not None or n.attributes.get("mode", "constant") != "constant":
+        raise ValueError("form of Pad")
+    pads = np.asarray(n.attributes.get("pads") if pads is None else pads).reshape(2, -1)
+    return np.pad(x, pads.T, constant_values=0 if value is None else value)
+
+
+def _cumsum(n: NodeView, x: Any, axis: Any) -> Any:
+    if n.attributes.get("exclusive", 0) or n.attributes.get("reverse", 0):
+        raise ValueError("form of CumSum")
+    return np.cumsum(x, int(np.asarray(axis).reshape(-1)[0]), dtype=x.dtype)
+
+
+def _trilu(n: NodeView, x: Any, k: Any = 0) -> Any:
+    k = int(np.asarray(k).reshape(-1)[0]) if np.size(k) else 0
+    return np.triu(x, k) if n.attributes.get("upper", 1) else np.tril(x, k)
+
+
+OPERATORS = (
+    Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True),
+    Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split),
+    Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice),
+    Operator("Pad", pad_axes, pad_dead, patch=patch_pad, evaluate=_pad, joins=True),
+    Operator("Gather", gather_axes, carried, patch=patch_gather, evaluate=_gather),
+    Operator("GatherElements", gather_elements_axes, zero_carried,
+             evaluate=lambda n, x, i: np.take_along_axis(x, np.asarray(i), int(n.attributes.get("axis", 0)))),
+    Operator("GatherND", gather_nd_axes, carried, evaluate=_gather_nd),
+    Operator("ScatterND", scatter_nd_axes, scattered_dead, evaluate=_scatter_nd),
+    Operator("ScatterElements", scatter_elements_axes, scattered_dead),
+    Operator("Scatter", scatter_elements_axes, scattered_dead),
+    Operator("CumSum", along("CumSum", "a CumSum runs over it").axes, zero_carried, evaluate=_cumsum),
+    Operator("TopK", top_k_axes, zero_carried),
+    Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu),
+    Operator("ReverseSequence", reverse_sequence_axes, carried),
+)

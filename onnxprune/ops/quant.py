@@ -1,0 +1,147 @@
+"""Quantisation: scales and zero points per channel follow their axis, and values are taken as the reals they stand
+for, so that a dead unit is 'zero' where its integers are the zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.axes.expr import Expr
+from onnxprune.ops.elementwise import broadcast
+from onnxprune.ops.pieces import joined_dead
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, Kind, NodeView
+
+__all__ = ["OPERATORS"]
+
+
+def linear_axes(c: AxisContext) -> None:
+    """QuantizeLinear, DequantizeLinear: one scale, one per index of `axis`, or one per block along it."""
+    x = c.axes(0)
+    for i in (1, 2):
+        if c.has(i):
+            follow(c, x, c.axes(i))
+    c.output(*x)
+
+
+def follow(c: AxisContext, x: Sequence[Expr], scale: Sequence[Expr]) -> None:
+    axis = int(c.attr("axis", 1)) % max(len(x), 1)
+    if len(scale) == 1 and len(x) and scale[0].size == x[axis].size:
+        c.equal(scale[0], x[axis])
+    elif len(scale) == len(x) and len(x):
+        for k, (s, e) in enumerate(zip(scale, x, strict=True)):
+            if s.size == e.size:
+                c.equal(s, e)
+            elif e.size % s.size == 0 and k == axis:
+                outer, inner = c.split(e, s.size)
+                c.freeze("inside a quantisation block", inner)
+                c.equal(outer, s)
+            else:
+                c.freeze("inside a quantisation block", s, e)
+
+
+def dynamic_axes(c: AxisContext) -> None:
+    """The range is over everything and always holds zero, so dead units don't change it."""
+    x = c.axes(0)
+    for k in range(len(x)):
+        c.contract(Kind.SUM, (0, k), through=True)
+    c.output(*x)
+    for j in (1, 2):
+        c.output(j=j)
+
+
+def zero_stays(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 else None
+
+
+def qlinear_binary_axes(c: AxisContext) -> None:
+    """A, its scale and zero point, B, its scale and zero point, C's scale and zero point."""
+    c.output(*broadcast(c, 0, 3))
+
+
+def qlinear_add_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 and states[3] == 0 else None
+
+
+def qlinear_mul_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 or states[3] == 0 else None
+
+
+def qlinear_unary_axes(c: AxisContext) -> None:
+    c.output(*c.axes(0))
+
+
+def qlinear_pool_axes(c: AxisContext) -> None:
+    x, sizes = c.axes(0), c.output_shape()
+    channel = len(x) - 1 if c.attr("channels_last", 0) else 1
+    c.freeze("a spatial axis", *(e for k, e in enumerate(x) if k not in (0, channel)))
+    c.output(*(e if k in (0, channel) else c.frozen(sizes[k], "a spatial axis") for k, e in enumerate(x)))
+
+
+def qlinear_concat_axes(c: AxisContext) -> None:
+    """Y's scale and zero point, then (X, scale, zero point) for every part."""
+    parts = [c.axes(i) for i in range(2, len(c.node.inputs), 3)]
+    axis = int(c.attr("axis")) % len(parts[0])
+    for k in range(len(parts[0])):
+        if k != axis:
+            c.equal(*(p[k] for p in parts))
+    c.output(*parts[0][:axis], c.sum(*(p[axis] for p in parts)), *parts[0][axis + 1:])
+
+
+def qlinear_concat_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    joined = joined_dead(node, states[2::3])
+    return 0.0 if joined == 0 else None
+
+
+def qlinear_softmax_axes(c: AxisContext) -> None:
+    x = c.axes(0)
+    axis = int(c.attr("axis", -1)) % len(x)
+    c.freeze("a softmax runs over it", *(x[axis:] if int(c.attr("opset", 13)) < 13 else x[axis:axis + 1]))
+    c.output(*x)
+
+
+def _like(k: int):
+    return lambda node, inputs: [inputs[k]]
+
+
+def _broadcast_shape(node, inputs):
+    (elem, a), (_, b) = inputs[0], inputs[3]
+    n = max(len(a), len(b))
+    pairs = zip((1,) * (n - len(a)) + tuple(a), (1,) * (n - len(b)) + tuple(b), strict=True)
+    return [(elem, tuple(q if p == 1 else p for p, q in pairs))]
+
+
+def _global_pool_shape(node, inputs):
+    elem, x = inputs[0]
+    last = bool(node.attributes.get("channels_last", 0))
+    return [(elem, (x[0], *[1] * (len(x) - 2), x[-1]) if last else (*x[:2], *[1] * (len(x) - 2)))]
+
+
+def _concat_shape(node, inputs):
+    parts = [i[1] for i in inputs[2::3]]
+    axis = int(node.attributes["axis"]) % len(parts[0])
+    sizes = [p[axis] for p in parts]
+    total = None if any(s is None for s in sizes) else sum(sizes)
+    return [(inputs[1][0], (*parts[0][:axis], total, *parts[0][axis + 1:]))]
+
+
+_QLINEAR = {"keeps": frozenset({1, 2, 4, 5, 6, 7})}
+
+OPERATORS = (
+    Operator("QuantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2})),
+    Operator("DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}), quantised=((0, 2),)),
+    Operator("com.microsoft::QuantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}),
+             shape=lambda n, i: [(i[2][0] if len(i) > 2 and i[2] else 2, i[0][1])]),
+    Operator("com.microsoft::DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}),
+             quantised=((0, 2),), shape=lambda n, i: [(i[1][0], i[0][1])]),
+    Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays),
+    Operator("com.microsoft::QLinearAdd", qlinear_binary_axes, qlinear_add_dead, shape=_broadcast_shape,
+             quantised=((0, 2), (3, 5)), **_QLINEAR),
+    Operator("com.microsoft::QLinearMul", qlinear_binary_axes, qlinear_mul_dead, shape=_broadcast_shape,
+             quantised=((0, 2), (3, 5)), **_QLINEAR),
+    *(Operator(f"com.microsoft::QLinear{name}", qlinear_unary_axes, dead, shape=_like(0), keeps=frozenset({1, 2, 3, 4}))
+      for name, dead in (("LeakyRelu", zero_stays), ("Sigmoid", None))),
+    Operator("com.microsoft::QLinearGlobalAveragePool", qlinear_pool_axes, zero_stays, shape=_global_pool_shape,
+             keeps=frozenset({1, 2, 3, 4})),
+    Operator("com.microsoft::QLinearConcat", qlinear_concat_axes, qlinear_concat_dead, shape=_concat_shape, joins=True),
+    Operator("com.microsoft::QLinearSoftmax", qlinear_softmax_axes, shape=_like(0), keeps=frozenset({1, 2, 3, 4})),
+)

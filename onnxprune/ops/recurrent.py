@@ -1,0 +1,96 @@
+"""LSTM, GRU and RNN: a hidden unit is a row in every gate of W, R and B, and a column of R.
+
+A unit whose rows are zero stays at zero: the candidate is tanh(0) = 0 and the state decays from an initial zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnxprune.axes.expr import Expr
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, Kind, NodeView, PatchContext, Term
+
+__all__ = ["OPERATORS"]
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "com.microsoft::DynamicQuantizeLSTM": 4}
+AT_REST = {"tanh", "relu", "affine", "leakyrelu", "thresholdedrelu", "elu", "softsign", "scaledtanh"}
+CANDIDATES = {"LSTM": (1, 2), "GRU": (1,), "RNN": (0,), "com.microsoft::DynamicQuantizeLSTM": (1, 2)}
+
+
+def recurrent_axes(c: AxisContext) -> None:
+    """Inputs X, W, R, B, lengths, h0, c0, P; outputs Y, Y_h, Y_c. layout=1 puts the batch first."""
+    gates = GATES[c.node.op]
+    x, w, r = c.axes(0), c.axes(1), c.axes(2)
+    transposed = c.node.op.startswith("com.microsoft")  # DynamicQuantizeLSTM keeps W and R transposed
+    rows, columns = (2, 1) if transposed else (1, 2)
+    hidden = c.note("hidden", c.fresh(r[columns].size))
+    c.contract(Kind.PRODUCT, (0, 2), (1, columns))
+    c.equal(r[columns], hidden)
+    c.contract(Kind.STATE, (2, columns))
+    gate = c.frozen(gates, "the gates of a recurrent cell")
+    c.equal(w[rows], c.product(gate, hidden))
+    c.equal(r[rows], c.product(gate, hidden))
+    if c.has(3):
+        both = c.frozen(2 * gates, "the gates of a recurrent cell")
+        c.equal(c.axes(3)[1], c.product(both, hidden))
+    c.freeze("the directions of a recurrent cell", w[0], r[0])
+    batch_first = bool(c.attr("layout", 0))
+    for i in (5, 6):
+        if c.has(i):
+            c.equal(c.axes(i)[2], hidden)
+            c.freeze("the directions of a recurrent cell", c.axes(i)[1 if batch_first else 0])
+    if c.has(7):
+        c.equal(c.axes(7)[1], c.product(c.frozen(3, "the gates of a recurrent cell"), hidden))
+    if transposed:
+        per_row(c, rows, gates, hidden)
+    seq, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
+    states: list[tuple[Expr, ...]] = [(batch, w[0], hidden) if batch_first else (w[0], batch, hidden)] * 2
+    states.insert(0, (batch, seq, w[0], hidden) if batch_first else (seq, w[0], batch, hidden))
+    for j, _ in enumerate(c.node.outputs):
+        c.output(*states[j], j=j)
+
+
+def per_row(c: AxisContext, rows: int, gates: int, hidden: Expr) -> None:
+    """Scales and zero points of the quantised W and R: per direction, or per direction and row."""
+    for i in range(8, 12):
+        if c.has(i) and len(c.axes(i)) == 2 and c.axes(i)[1].size == gates * hidden.size:
+            c.equal(c.axes(i)[1], c.product(c.frozen(gates, "the gates of a recurrent cell"), hidden))
+
+
+def recurrent_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    candidates = CANDIDATES[node.op]
+    listed = node.attributes.get("activations")
+    if listed:
+        per_direction = max(candidates) + 1
+        if any(name.lower() not in AT_REST for k, name in enumerate(listed) if k % per_direction in candidates):
+            return None
+        if any(float(b) for b in node.attributes.get("activation_beta", [])):
+            return None
+    zero = [1, 2, *(k for k in (3, 5, 6) if k < len(node.inputs) and node.inputs[k])]
+    return 0.0 if all(states[k] == 0 for k in zero) else None
+
+
+def recurrent_macs(
+    node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]
+) -> list[Term]:
+    steps = inputs[0][:2]
+    return [(1.0, (*steps, *inputs[1])), (1.0, (*steps, *inputs[2]))]
+
+
+def patch_hidden(p: PatchContext) -> None:
+    p.set_attr("hidden_size", p.noted("hidden"))
+
+
+def quantised_lstm_shape(node, inputs):
+    elem, x = inputs[0]
+    directions, hidden = inputs[2][1][0], inputs[2][1][1]
+    state = (elem, (directions, x[1], hidden))
+    return [(elem, (x[0], directions, x[1], hidden)), state, state][: len(node.outputs)]
+
+
+OPERATORS = (
+    *(Operator(name, recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden) for name in ("LSTM", "GRU", "RNN")),
+    Operator("com.microsoft::DynamicQuantizeLSTM", recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden,
+             shape=quantised_lstm_shape, keeps=frozenset({8, 9, 10, 11}), quantised=((1, 9), (2, 11))),
+)

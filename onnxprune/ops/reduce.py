@@ -1,0 +1,100 @@
+"""Reductions. A sum over zeros is exact, a mean is once it is rescaled, and an extreme value may be a zero's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from onnxprune.ops.layout import listed_axes
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext
+
+__all__ = ["OPERATORS"]
+
+
+def reduced(c: AxisContext | PatchContext, rank: int, since: int) -> list[int]:
+    """The axes that go, ascending."""
+    chosen = listed_axes(c, since)
+    if not chosen:
+        return [] if c.attr("noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(k % rank for k in chosen)
+
+
+def reduce_axes(kind: Kind, since: int):
+    def axes(c: AxisContext) -> None:
+        x = c.axes(0)
+        gone = reduced(c, len(x), since)
+        for k in gone:
+            c.contract(kind, (0, k))
+        keep = c.attr("keepdims", 1)
+        c.output(*(c.frozen(1) if k in gone else e for k, e in enumerate(x) if keep or k not in gone))
+
+    return axes
+
+
+def patch_mean(since: int):
+    """A mean over n' of n units, the others being zero, is n'/n of what it was over n."""
+
+    def patch(p: PatchContext) -> None:
+        before, after = p.before(0), p.after(0)
+        try:
+            gone = [k for k in reduced(p, len(before), since) if before[k] != after[k]]
+        except GiveUp:
+            return
+        if gone and all(p.exact(0, k) for k in gone):
+            p.scale_output(prod(after[k] for k in gone) / prod(before[k] for k in gone))
+
+    return patch
+
+
+def same_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    """Over other axes, all the reduced values are the unit's constant."""
+    return states[0]
+
+
+def zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    return 0.0 if states[0] == 0 else None
+
+
+def arg_axes(c: AxisContext) -> None:
+    x = c.axes(0)
+    axis = int(c.attr("axis", 0)) % len(x)
+    c.freeze(f"an {c.node.op} runs over it", x[axis])
+    keep = c.attr("keepdims", 1)
+    c.output(*(c.frozen(1) if k == axis else e for k, e in enumerate(x) if keep or k != axis))
+
+
+def _reducer(f: Any) -> Any:
+    def evaluate(n: NodeView, x: Any, axes: Any = None) -> Any:
+        axes = n.attributes.get("axes") if axes is None else axes
+        if axes is None or not np.size(axes):
+            if n.attributes.get("noop_with_empty_axes", 0):
+                return x
+            axes = range(np.ndim(x))
+        kept = bool(n.attributes.get("keepdims", 1))
+        return np.asarray(f(x, axis=tuple(int(a) for a in axes), keepdims=kept)).astype(np.asarray(x).dtype)
+
+    return evaluate
+
+
+def _reduction(name: str, kind: Kind, since: int, f: Any = None, dead: Any = zero_dead, patch: Any = None) -> Operator:
+    return Operator(name, reduce_axes(kind, since), dead, patch=patch, evaluate=_reducer(f) if f else None)
+
+
+OPERATORS = (
+    _reduction("ReduceSum", Kind.SUM, 13, np.sum),
+    _reduction("ReduceMean", Kind.MEAN, 18, np.mean, same_dead, patch_mean(18)),
+    _reduction("ReduceMax", Kind.EXTREME, 18, np.max, same_dead),
+    _reduction("ReduceMin", Kind.EXTREME, 18, np.min, same_dead),
+    _reduction("ReduceProd", Kind.EXTREME, 18, np.prod),
+    _reduction("ReduceL1", Kind.SUM, 18),
+    _reduction("ReduceL2", Kind.SUM, 18),
+    _reduction("ReduceSumSquare", Kind.SUM, 18),
+    Operator("ReduceLogSum", reduce_axes(Kind.SUM, 18)),
+    Operator("ReduceLogSumExp", reduce_axes(Kind.EXTREME, 18)),
+    Operator("ArgMax", arg_axes, evaluate=None),
+    Operator("ArgMin", arg_axes),
+)

@@ -1,0 +1,79 @@
+"""What the project knows of an operator, in one value; and the table in which every stage looks it up.
+
+A stage never tests an operator's name. It asks the registry for the entry and calls the rule that it needs; an
+operator without an entry, or an entry without that rule, is a barrier and not an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from onnxprune.ops.rules import AxisRule, DeadRule, MacsRule, MaskRule, PatchRule, ShapeRule
+
+__all__ = ["Operator", "Registry"]
+
+Evaluate: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One operator (all its versions).
+
+    name: as in the graph; prefixed with `domain::` outside ONNX's own domain.
+    axes: what it equates, freezes and contracts. None: everything it touches is frozen.
+    dead: the value of a unit's slice of the output, given that of the inputs (None is 'unknown'). Default: unknown.
+    macs: multiply-accumulates, as terms of axis sizes. Default: none.
+    patch: what must change in the node itself when axes get shorter, beyond its parameters.
+    mask: how the node is expressed in the masked reference, where zeroed units must be left out of a reduction.
+    evaluate: numpy value of the outputs, for folding shape arithmetic: evaluate(node, *inputs).
+    from_shape: value of the output that only the first input's shape decides: from_shape(node, shape).
+    stored: for an operator that is a stored tensor: stored(node, values of the inputs) gives a TensorProto, or a pair
+        (fill, shape) of a tensor that has one value throughout; None where this node is no stored tensor.
+    bias: input that is added to the output per channel, into which a constant can be folded.
+    gamma: input that scales the output per channel, for importance by |gamma|.
+    shape: (element type, shape) per output, for operators that onnx has no inference for.
+    keeps: inputs whose parameters never make a unit vanish and are not zeroed (variances, divisors, scales).
+    joins: an input that lacks a unit has no say in it (a concatenation); its state is given as nan to `dead`.
+    quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
+    """
+
+    name: str
+    axes: AxisRule | None = None
+    dead: DeadRule | None = None
+    macs: MacsRule | None = None
+    patch: PatchRule | None = None
+    mask: MaskRule | None = None
+    evaluate: Evaluate | None = None
+    from_shape: Evaluate | None = None
+    stored: Evaluate | None = None
+    bias: int | None = None
+    gamma: int | None = None
+    shape: ShapeRule | None = None
+    keeps: frozenset[int] = frozenset()
+    joins: bool = False
+    quantised: tuple[tuple[int, int], ...] = ()
+
+
+class Registry(Mapping[str, Operator]):
+    """An immutable table of operators by name."""
+
+    def __init__(self, operators: Iterable[Operator]) -> None:
+        self._by_name = {o.name: o for o in operators}
+
+    def __getitem__(self, name: str) -> Operator:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def extended(self, operators: Iterable[Operator]) -> Registry:
+        """A table with more operators; one that is there already is replaced. This is how a user registers the
+        rules of a custom operator."""
+        return Registry([*self._by_name.values(), *operators])
+

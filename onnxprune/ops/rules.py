@@ -1,0 +1,247 @@
+"""What a rule is given: the views of a node through which `ops` speaks to the stages, and the rules' types.
+
+A rule sees one node at a time and knows nothing of the graph around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from onnxprune.axes.expr import Atom, Barrier, Expr, cut, equal, freeze, product, resolve, split, sum_of
+
+__all__ = ["AxisContext", "AxisRule", "Contraction", "DeadRule", "GiveUp", "Kind", "MacsRule", "MaskRule", "NodeView",
+           "PatchContext", "PatchRule", "ShapeRule", "Term"]
+
+
+class NodeView(Protocol):
+    """A node as its rules see it."""
+
+    op: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+    @property
+    def label(self) -> str: ...
+
+
+class Kind(Enum):
+    """How an axis disappears at a node, which decides whether removing a dead unit there is exact."""
+
+    PRODUCT = "product"  # sum of products: a zero operand contributes nothing
+    SUM = "sum"  # of one operand: zeros contribute nothing
+    MEAN = "mean"  # a sum over n that is divided by n
+    RMS = "root mean square"  # as MEAN, inside a fused normalisation
+    NORM = "normalisation"  # mean and variance: zeros count
+    EXTREME = "extreme value"  # zeros may win
+    STATE = "recurrent state"  # a product with the node's own output, one step earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """Indices of a node's inputs that its outputs no longer have.
+
+    operands: (input, axis position) of each operand; over: what disappears (all of those axes, or a factor of them);
+    fold: a constant unit of the first operand can be folded into the node's bias; through: the axis is reduced for a
+    statistic and stays in the output, as in a normalisation.
+    """
+
+    kind: Kind
+    operands: tuple[tuple[int, int], ...]
+    over: Expr
+    fold: bool = False
+    through: bool = False
+
+
+class GiveUp(Exception):
+    """A rule does not cover this form of the operator: everything the node touches is frozen, for this reason."""
+
+
+@dataclass(eq=False, slots=True)
+class AxisContext:
+    """One node during the analysis: the axes of its inputs, and what its rule states about them."""
+
+    node: NodeView
+    barrier: Barrier
+    inputs: Sequence[tuple[Expr, ...] | None]
+    values: Sequence[np.ndarray | None]
+    output_shapes: Sequence[tuple[int | None, ...] | None]
+    outputs: list[tuple[Expr, ...] | None] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    used: set[int] = field(default_factory=set)
+    noted: dict[str, Expr] = field(default_factory=dict)
+
+    def note(self, name: str, expr: Expr) -> Expr:
+        """Remember an axis that is not one of a tensor, such as a group count, for `PatchContext.noted`."""
+        self.noted[name] = expr
+        return expr
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute's value."""
+        return self.node.attributes.get(name, default)
+
+    def has(self, i: int) -> bool:
+        """True where input i is present."""
+        return i < len(self.node.inputs) and bool(self.node.inputs[i])
+
+    def axes(self, i: int) -> tuple[Expr, ...]:
+        """Axes of input i. Whatever a rule does not ask for gets frozen."""
+        found = self.inputs[i] if i < len(self.inputs) else None
+        if found is None:
+            raise GiveUp(f"input {i} has an unknown rank")
+        self.used.add(i)
+        return found
+
+    def rank(self, i: int) -> int:
+        """Rank of input i."""
+        return len(self.axes(i))
+
+    def value(self, i: int) -> np.ndarray | None:
+        """Value of input i where it is known without running the model."""
+        return self.values[i] if i < len(self.values) else None
+
+    def known(self, i: int, what: str) -> np.ndarray:
+        """As `value`, but the node is given up where it is unknown."""
+        value = self.value(i)
+        if value is None:
+            raise GiveUp(f"{what} are computed from the data")
+        return value
+
+    def output_shape(self, j: int = 0) -> tuple[int | None, ...]:
+        """Sizes of output j."""
+        shape = self.output_shapes[j] if j < len(self.output_shapes) else None
+        if shape is None:
+            raise GiveUp("the output's rank is unknown")
+        return shape
+
+    def fresh(self, size: int) -> Expr:
+        """A new axis of which nothing is known yet."""
+        return Atom(size)
+
+    def frozen(self, size: int | None, reason: str = "not a channel axis") -> Expr:
+        """A new axis that never loses an index."""
+        return Atom(-1 if size is None else size, Barrier(self.barrier.node, self.barrier.op_type, reason))
+
+    def product(self, *factors: Expr) -> Expr:
+        """Row-major product."""
+        return product(*factors)
+
+    def sum(self, *parts: Expr) -> Expr:
+        """Concatenation."""
+        return sum_of(*parts)
+
+    def split(self, expr: Expr, outer: int) -> tuple[Expr, Expr]:
+        """Factor an axis into (outer, rest)."""
+        return split(expr, outer, self.barrier)
+
+    def cut(self, expr: Expr, sizes: Sequence[int]) -> list[Expr]:
+        """Cut an axis into parts of these sizes (which add up to its size; zeros allowed)."""
+        parts: list[Expr] = []
+        for n in sizes:
+            rest = resolve(expr)
+            if n == 0:
+                parts.append(Atom(0))
+            elif n == rest.size:
+                parts.append(rest)
+                expr = Atom(0)
+            else:
+                left, expr = cut(rest, n, self.barrier)
+                parts.append(left)
+        return parts
+
+    def equal(self, *exprs: Expr) -> None:
+        """These axes are the same."""
+        for other in exprs[1:]:
+            equal(exprs[0], other, self.barrier)
+
+    def freeze(self, reason: str, *exprs: Expr) -> None:
+        """These axes keep all their indices, for this reason."""
+        for expr in exprs:
+            freeze(expr, Barrier(self.barrier.node, self.barrier.op_type, reason))
+
+    def contract(
+        self, kind: Kind, *operands: tuple[int, int], over: Expr | None = None, fold: bool = False,
+        through: bool = False,
+    ) -> None:
+        """The axes at these (input, axis) positions are equal and disappear; or only `over`, a factor of theirs."""
+        if over is None:
+            self.equal(*(self.axes(i)[k] for i, k in operands))
+            over = self.axes(operands[0][0])[operands[0][1]]
+        self.contractions.append(Contraction(kind, operands, over, fold, through))
+
+    def output(self, *axes: Expr, j: int = 0) -> None:
+        """Axes of output j."""
+        while len(self.outputs) <= j:
+            self.outputs.append(None)
+        self.outputs[j] = axes
+
+
+class PatchContext(Protocol):
+    """One node during the rewrite, after the axes got shorter."""
+
+    node: NodeView
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute's value in the original."""
+
+    def has(self, i: int) -> bool:
+        """True where input i is present."""
+
+    def value(self, i: int) -> np.ndarray | None:
+        """Value of input i in the original."""
+
+    def kept(self, i: int, axis: int) -> np.ndarray | None:
+        """Kept positions of an axis of input i; None where all are kept."""
+
+    def kept_out(self, axis: int, j: int = 0) -> np.ndarray | None:
+        """Kept positions of an axis of output j; None where all are kept."""
+
+    def before(self, i: int) -> tuple[int, ...]:
+        """Shape of input i in the original."""
+
+    def after(self, i: int) -> tuple[int, ...]:
+        """Shape of input i now."""
+
+    def before_out(self, j: int = 0) -> tuple[int, ...]:
+        """Shape of output j in the original."""
+
+    def after_out(self, j: int = 0) -> tuple[int, ...]:
+        """Shape of output j now."""
+
+    def noted(self, name: str) -> int:
+        """Size now of an axis that the axis rule noted."""
+
+    def set_attr(self, name: str, value: Any) -> None:
+        """Set an attribute of the new node."""
+
+    def want(self, i: int, value: np.ndarray) -> None:
+        """Input i, which holds sizes or positions, must have this value now."""
+
+    def add_input(self, i: int, value: np.ndarray) -> None:
+        """Give the new node a constant input that it did not have."""
+
+    def exact(self, i: int, axis: int) -> bool:
+        """True where the removed units of this axis vanish exactly, so that a division by its size is compensated;
+        False where the reduction is to run over the kept indices only (`--allow-inexact`)."""
+
+    def scale(self, i: int, factor: float) -> None:
+        """Multiply parameter input i by a constant."""
+
+    def scale_output(self, factor: float, j: int = 0) -> None:
+        """Multiply output j by a constant (a node is inserted)."""
+
+
+Term: TypeAlias = tuple[float, tuple[Expr, ...]]
+AxisRule: TypeAlias = Callable[[AxisContext], None]
+DeadRule: TypeAlias = Callable[[NodeView, Sequence["float | None"]], "float | None"]
+PatchRule: TypeAlias = Callable[[PatchContext], None]
+MacsRule: TypeAlias = Callable[[NodeView, Sequence["tuple[Expr, ...]"], Sequence["tuple[Expr, ...]"]], list[Term]]
+MaskRule: TypeAlias = Callable[..., Any]
+ShapeRule: TypeAlias = Callable[[NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
+                                Sequence["tuple[int, tuple[int | None, ...]] | None"]]

@@ -1,0 +1,239 @@
+"""compress(): load, analyse, select, rewrite, verify, in that order, with plain values between."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from onnxprune.axes.analysis import Analysis, analyse
+from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
+from onnxprune.model.graph import Graph, Model
+from onnxprune.model.infer import infer
+from onnxprune.model.load import load, open_model
+from onnxprune.model.profile import costs, summary
+from onnxprune.model.save import place, write
+from onnxprune.ops import OPERATORS
+from onnxprune.ops.registry import Operator
+from onnxprune.result import Latency, ModelSummary, Result, Verification
+from onnxprune.rewrite.rewrite import rewrite
+from onnxprune.select.align import block_size
+from onnxprune.select.choose import Choice, choose
+from onnxprune.select.importance import Criterion
+from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_pins
+from onnxprune.select.target import parse_target
+from onnxprune.verify.equivalence import prove, session
+
+__all__ = ["Inspection", "compress", "inspect", "verify"]
+
+Shapes = Mapping[str, Sequence[int]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found out."""
+
+    summary: ModelSummary
+    analysis: Analysis
+    load_s: float
+    analyse_s: float
+
+
+class _Clock:
+    """Seconds per stage, by name."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+        self.stage = ""
+        self.since = time.perf_counter()
+
+    def start(self, stage: str) -> None:
+        now = time.perf_counter()
+        if self.stage:
+            self.seconds[f"{self.stage}_s"] = now - self.since
+        self.stage, self.since = stage, now
+        if stage and self.progress is not None:
+            self.progress(stage)
+
+    def stop(self) -> dict[str, float]:
+        self.start("")
+        return self.seconds
+
+
+def compress(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    target: str,
+    importance: str | Criterion = "l2",
+    scope: str = "global",
+    floor: float = 0.1,
+    deploy: str = "ort-cpu",
+    align: int | None = None,
+    exclude: Sequence[str] = (),
+    allow_inexact: bool = False,
+    best_effort: bool = False,
+    seed: int = 0,
+    dry_run: bool = False,
+    force: bool = False,
+    latency: bool = False,
+    threads: int = 1,
+    input_shapes: Shapes | None = None,
+    registry: Mapping[str, Operator] = OPERATORS,
+    progress: Progress | None = None,
+) -> Result:
+    """Prune a model one-shot to a target, prove the surgery in onnxruntime, and write it.
+
+    output: where to write; nothing is written where it is None (the pruned model is in the result).
+    target: what is to remain, such as 'macs=0.5', 'params=40%', 'size=5MB', 'macs=1.2G', 'channels=0.5'.
+    deploy, align: the block that kept counts are multiples of (`select.align`). floor: least share a group keeps.
+    exclude: regular expressions of initializer and node names to leave alone.
+    input_shapes: sizes of inputs with symbolic dimensions, for costs, the proof and latency.
+
+    Raises UsageError, ModelRejected, NothingPrunable, TargetNotReached, VerificationFailed. Where it raises, nothing
+    has been written.
+    """
+    goal = parse_target(target)
+    block = block_size(deploy, align)
+    destination = None if output is None else _free(Path(output), model, force)
+    clock = _Clock(progress)
+    clock.start("load")
+    graph = _load(model, registry, input_shapes)
+    clock.start("analyse")
+    analysis = analyse(graph, registry=registry, exclude=exclude)
+    clock.start("select")
+    name = Path(graph.model.source).name or "model"
+    before = summary(graph.model, name, costs(analysis))
+    choice = choose(analysis, goal, importance=importance, scope=scope, floor=floor, align=block,
+                    allow_inexact=allow_inexact, seed=seed)
+    result = Result(before, None, choice.outcome, choice.plan, analysis, align=choice.align,
+                    warnings=_warnings(graph, choice, block))
+    if not choice.outcome.met and not best_effort:
+        raise TargetNotReached(
+            f"target {goal.text} can't be reached: at most {1 - choice.least:.1%} of {goal.metric} can go, "
+            f"which leaves {choice.least:.1%}",
+            "ask for less, or write the closest model with --best-effort")
+    if dry_run:
+        result.timing = clock.stop()
+        return result
+    clock.start("rewrite")
+    pruned = rewrite(analysis, choice.plan)
+
+    def produce(path: Path) -> None:
+        pruned.nbytes = write(pruned, path)
+        clock.start("verify")
+        result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes)
+        smaller = infer(open_model(path), registry, _pins(graph))
+        result.after = summary(smaller.model, destination.name if destination else f"{name} (pruned)",
+                               costs(analyse(smaller, registry=registry)))
+        if latency:
+            clock.start("latency")
+            result.latency = _latency(graph, path, threads, input_shapes, seed)
+        clock.start("write")
+
+    if destination is None:
+        with TemporaryDirectory(prefix="onnxprune-") as folder:
+            produce(Path(folder) / "pruned.onnx")
+    else:
+        place(destination, produce)
+        result.output = str(destination)
+    result.model = pruned
+    result.timing = clock.stop()
+    return result
+
+
+def inspect(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    exclude: Sequence[str] = (),
+    input_shapes: Shapes | None = None,
+    registry: Mapping[str, Operator] = OPERATORS,
+) -> Inspection:
+    """The groups of a model, what they cover, and every barrier. Raises ModelRejected, UsageError."""
+    start = time.perf_counter()
+    graph = _load(model, registry, input_shapes)
+    loaded = time.perf_counter()
+    analysis = analyse(graph, registry=registry, exclude=exclude)
+    done = time.perf_counter()
+    name = Path(graph.model.source).name or "model"
+    return Inspection(summary(graph.model, name, costs(analysis)), analysis, loaded - start, done - loaded)
+
+
+def verify(
+    original: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    input_shapes: Shapes | None = None,
+    registry: Mapping[str, Operator] = OPERATORS,
+) -> Verification:
+    """Repeat the proof from the plan stored in a pruned model. Raises VerificationFailed, ModelRejected."""
+    small = open_model(pruned)
+    text = next((p.value for p in small.proto.metadata_props if p.key == METADATA_KEY), None)
+    if text is None:
+        raise ModelRejected(f"{pruned} holds no plan: it was not written by onnxprune",
+                            "`onnxprune verify ORIGINAL PRUNED`, in this order")
+    graph = load(original, registry=registry, pins=stored_pins(text))
+    analysis = analyse(graph, registry=registry)
+    return prove(analysis, plan_from_text(text, analysis), Path(pruned), seed=seed, shapes=input_shapes)
+
+
+def _load(model: str | os.PathLike[str] | onnx.ModelProto, registry: Mapping[str, Operator],
+          shapes: Shapes | None) -> Graph:
+    opened = open_model(model)
+    if not shapes:
+        return infer(opened, registry)
+    from onnxprune.verify.inputs import pins_of
+
+    first = infer(opened, registry)
+    unknown = set(shapes) - set(first.inputs)
+    if unknown:
+        raise UsageError(f"--input-shapes names '{sorted(unknown)[0]}', which is no input",
+                         f"the inputs are {', '.join(first.inputs)}")
+    return infer(opened, registry, pins_of(first, shapes))
+
+
+def _pins(graph: Graph) -> dict[str, int]:
+    return dict(graph.pins)
+
+
+def _free(path: Path, model: object, force: bool) -> Path:
+    """Refuse an output that can't or must not be written, before any work."""
+    if isinstance(model, (str, os.PathLike)) and path.exists() and Path(model).exists() and path.samefile(model):
+        raise UsageError(f"{path} is the input itself", "name another output")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists already", "--force overwrites it")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder", "create it first")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder} can't be written to", "name an output elsewhere")
+    return path
+
+
+def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
+    found = []
+    if choice.align != block:
+        found.append(f"whole blocks of {block} channels don't reach the target: blocks of {choice.align} were used, "
+                     "which may run slower")
+    if graph.problems:
+        found.append(f"{len(graph.problems)} nodes whose shapes could not be inferred, such as {graph.problems[0]}")
+    return found
+
+
+def _latency(graph: Graph, pruned: Path, threads: int, shapes: Shapes | None, seed: int) -> Latency | None:
+    from onnxprune.verify.latency import compare
+
+    if not graph.model.source:
+        return None
+    return compare(graph.model.source, pruned, threads=threads, shapes=shapes, seed=seed)
+
+
+_ = (Model, session)

@@ -1,0 +1,336 @@
+"""What a person reads in a terminal: functions from values to text, none of which prints.
+
+Every cell has a width limit, so that a model with long names or a hundred inputs still makes a table that fits; the
+JSON documents (see `document`) are where nothing is cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from onnxprune.axes.analysis import Analysis, Group
+    from onnxprune.result import Latency, LatencyStats, ModelSummary, Result, Verification
+    from onnxprune.verify.latency import Bench
+
+__all__ = ["ascii_only", "bench_table", "bytes_text", "compress_report", "count_text", "inspect_report",
+           "summary_table", "verify_line"]
+
+ROWS = 20  # of a table, unless asked for more
+PORTS = 8  # inputs, and outputs, unless asked for more
+
+Row = Sequence[str]
+Port = tuple[str, str, str]  # name, type, shape
+
+
+def compress_report(result: Result, *, verbose: bool = False) -> str:
+    """The whole report of `compress`: table, target, verification, latency. Warnings are the caller's."""
+    parts = [summary_table(result, verbose=verbose), _target_line(result)]
+    if result.verification is not None:
+        parts.append(verify_line(result.verification))
+    if result.latency is not None:
+        parts.append(_latency_line(result.latency))
+    if result.output is not None:
+        parts.append(f"written: {result.output}")
+    elif result.after is None:
+        parts.append("dry run: nothing was written")
+    if verbose:
+        parts += ["", _plan_table(result), _timing_line(result.timing)]
+    return "\n".join(parts)
+
+
+def summary_table(result: Result, *, verbose: bool = False) -> str:
+    """Before, after and change, a row each. After a dry run the column holds what is planned."""
+    before, after = result.before, result.after
+    name = "planned" if after is None else os.path.basename(result.output or "") or after.name
+    rows = [["Opset / IR", *_same(_versions(before), after and _versions(after))]]
+    rows += _port_rows("IN ", before.inputs, after and after.inputs, verbose=verbose)
+    rows += _port_rows("OUT", before.outputs, after and after.outputs, verbose=verbose)
+    rows += [_cost_row(result, "Params / size"), _cost_row(result, "MACs (batch 1)")]
+    if result.latency is not None:
+        rows.append(_latency_row(result.latency))
+    aligned, channels, aligned_after, channels_after = result.aligned
+    if channels:
+        block = f" (block {result.align})" if result.align > 1 else ""
+        rows.append(["Aligned channels", f"{aligned}/{channels}{block}", f"{aligned_after}/{channels_after}", ""])
+    rows.append(["Groups pruned", "–", _groups_pruned(result), ""])
+    return _table(["", os.path.basename(before.name), name, "change"], rows, widths=(22, 26, 26, 12))
+
+
+def verify_line(verification: Verification) -> str:
+    """One line, and one more for every note."""
+    v = verification
+    sets = f"{v.input_sets} input set{'s' * (v.input_sets != 1)}"
+    outcome = "passed" if v.passed else "FAILED"
+    limit = "" if v.passed else f", tolerance {_power(v.tolerance)}"
+    line = (f"verify: {outcome} (onnxruntime, {sets}, max relative error {_power(v.max_rel_error)} "
+            f"against the masked original{limit})")
+    return "\n".join([line, *(f"        {note}" for note in v.notes)])
+
+
+def inspect_report(summary: ModelSummary, analysis: Analysis, *, verbose: bool = False) -> str:
+    """The model in numbers, what is prunable, the groups and what stands in the way of the rest."""
+    s, c = summary, analysis.coverage
+    made = f", made by {_cut(s.producer, 30)}" if s.producer else ""
+    lines = [f"{os.path.basename(s.name)}: {count_text(s.params)} parameters, {count_text(s.macs)} MACs (batch 1), "
+             f"{bytes_text(s.bytes)}, opset {s.opset}, IR {s.ir_version}{made}"]
+    for kind, ports in (("IN ", s.inputs), ("OUT", s.outputs)):
+        shown, left = _capped(ports, PORTS, verbose=verbose)
+        lines += [f"  {kind} {_cut(name, 30)}  {dtype} {_cut(shape, 40)}" for name, dtype, shape in shown]
+        lines += [f"  {kind} … and {left} more"] if left else []
+    n = len(analysis.groups)
+    exact = "" if c.params_exact == c.params_prunable else f", {_percent(_share(c.params_exact, c.params_total))} exactly"
+    lines += ["", f"prunable: {_percent(c.fraction)} of the parameters{exact}, in {n} group{'s' * (n != 1)}"]
+    if analysis.groups:
+        lines += ["", _group_table(analysis.groups, verbose=verbose)]
+    if analysis.barriers:
+        lost = sum(b.params for b in analysis.barriers)
+        lines += ["", f"not prunable: {count_text(lost)} parameters, by reason", _barrier_table(analysis, verbose=verbose)]
+    return "\n".join(lines)
+
+
+def bench_table(names: Sequence[str], bench: Bench) -> str:
+    """A row per model; the last column compares it with the first."""
+    rows = []
+    for k, (name, row) in enumerate(zip(names, bench.rows, strict=True)):
+        against = "–" if k == 0 else _speedup(bench.against_first(k))
+        rows.append([os.path.basename(name), *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
+                     str(row.runs), str(row.nchwc_kernels) if row.nchwc_kernels >= 0 else "?", against])
+    head = ["model", "min", "p50", "p90", "runs", "NCHWc", "against the first"]
+    turns = ", in turns" if len(rows) > 1 else ""
+    note = f"{bench.runtime}, {_threads(bench.threads)}, graph optimisation '{bench.optimisation}'{turns}"
+    return _table(head, rows, widths=(36, 12, 12, 12, 6, 6, 24), right={1, 2, 3, 4, 5}) + f"\n{note}"
+
+
+def count_text(n: float) -> str:
+    """1234567 as `1.23 M`."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= limit * 0.99995:
+            return f"{_three(n / limit)} {unit}"
+    return f"{n:.0f}"
+
+
+def bytes_text(n: float) -> str:
+    """Bytes as `46.7 MB`, in steps of 1000, as `--target size=5MB` counts them."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= limit * 0.9995:
+            return f"{n / limit:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+_ASCII = str.maketrans({"−": "-", "–": "-", "×": "x", "…": "~"})
+
+
+def ascii_only(text: str) -> str:
+    """The same text for a terminal that can't show more than ASCII; the layout stays."""
+    return text.translate(_ASCII).encode("ascii", "replace").decode()
+
+
+def _versions(summary: ModelSummary) -> str:
+    return f"{summary.opset} / {summary.ir_version}"
+
+
+def _same(before: str, after: str | None) -> tuple[str, str, str]:
+    """Before, after and whether they are the same."""
+    return (before, "–", "") if after is None else (before, after, "same" if before == after else "changed")
+
+
+def _port_rows(
+    kind: str, before: Sequence[Port], after: Sequence[Port] | None, *, verbose: bool
+) -> list[list[str]]:
+    """A row per input or output, the first few where there are many."""
+    there = {name: _port(dtype, shape) for name, dtype, shape in after or ()}
+    shown, left = _capped(before, PORTS, verbose=verbose)
+    rows = [[f"{kind} {name}", *_same(_port(dtype, shape), None if after is None else there.get(name, "missing"))]
+            for name, dtype, shape in shown]
+    return rows + ([[f"{kind} … and {left} more", "", "", ""]] if left else [])
+
+
+def _port(dtype: str, shape: str) -> str:
+    return f"{dtype} {shape}"
+
+
+def _cost_row(result: Result, label: str) -> list[str]:
+    """Parameters and size, or MACs. A dry run knows only the figure that it was asked for, and says `about`."""
+    metric = "params" if label.startswith("Params") else "macs"
+    text = _params_and_size if metric == "params" else _macs
+    before, after, target = result.before, result.after, result.target
+    if after is not None:
+        return [label, text(before), text(after), _change(getattr(before, metric), getattr(after, metric))]
+    if target.metric != metric:
+        return [label, text(before), "–", ""]
+    reached = getattr(before, metric) * target.reached
+    return [label, text(before), f"about {count_text(reached)}", _change(1.0, target.reached)]
+
+
+def _params_and_size(summary: ModelSummary) -> str:
+    return f"{count_text(summary.params)} / {bytes_text(summary.bytes)}"
+
+
+def _macs(summary: ModelSummary) -> str:
+    return count_text(summary.macs)
+
+
+def _latency_row(latency: Latency) -> list[str]:
+    change = _speedup(latency) if latency.significant else "no change"
+    return [f"Latency, {_threads(latency.threads)}", _spread(latency.before), _spread(latency.after), change]
+
+
+def _spread(stats: LatencyStats) -> str:
+    """`min / p50 / p90 ms`."""
+    return " / ".join(_ms(t) for t in (stats.min_ms, stats.median_ms, stats.p90_ms)) + " ms"
+
+
+def _groups_pruned(result: Result) -> str:
+    """`12 of 14 (2: inexact)`."""
+    whole = [g for g in result.analysis.groups if g.id not in result.plan.keep]
+    pruned, total = len(result.analysis.groups) - len(whole), len(result.analysis.groups)
+    reasons = Counter("inexact" if g.kind == "inexact" else "kept" for g in whole)
+    left = ", ".join(f"{n}: {reason}" for reason, n in reasons.items())
+    return f"{pruned} of {total}" + (f" ({left})" if left else "")
+
+
+def _target_line(result: Result) -> str:
+    t = result.target
+    outcome = "met" if t.met else "NOT met"
+    return (f"target: {t.metric}={t.spec}, {outcome}: {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
+            f"(asked for {_percent(t.wanted)} kept)")
+
+
+def _latency_line(latency: Latency) -> str:
+    kernels = f"{_kernels(latency.before)} -> {_kernels(latency.after)} NCHWc kernels"
+    return (f"latency: {_speedup(latency)} (medians of {latency.before.runs} runs in turns, {_threads(latency.threads)}, "
+            f"graph optimisation '{latency.optimisation}', {kernels})")
+
+
+def _kernels(stats: LatencyStats) -> str:
+    return str(stats.nchwc_kernels) if stats.nchwc_kernels >= 0 else "?"
+
+
+def _speedup(latency: Latency) -> str:
+    """`1.52×`, with a word where that is within the noise."""
+    return f"{latency.speedup:.2f}×" + ("" if latency.significant else ", not significant")
+
+
+def _threads(n: int) -> str:
+    return f"{n} thread{'s' * (n != 1)}"
+
+
+def _timing_line(timing: Mapping[str, float]) -> str:
+    return "time: " + ", ".join(f"{name.removesuffix('_s')} {seconds:.2f} s" for name, seconds in timing.items())
+
+
+def _plan_table(result: Result) -> str:
+    rows = []
+    for group in result.analysis.groups:
+        kept = len(result.plan.keep[group.id]) if group.id in result.plan.keep else group.size
+        rows.append([group.id, str(group.size), str(kept), _change(group.size, kept), _first_member(group)])
+    return _table(["group", "units", "kept", "change", "made by"], rows, widths=(8, 8, 8, 10, 44), right={1, 2})
+
+
+def _group_table(groups: Sequence[Group], *, verbose: bool) -> str:
+    shown, left = _capped(sorted(groups, key=lambda g: -g.params), ROWS, verbose=verbose)
+    rows = [[g.id, str(g.size), count_text(g.params), g.kind, _first_member(g), g.reason] for g in shown]
+    head = ["group", "units", "params", "kind", "made by", "reason"]
+    if not any(row[-1] for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    table = _table(head, rows, widths=(8, 8, 9, 11, 36, 36), right={1, 2})
+    return table + _more(left, "groups")
+
+
+def _first_member(group: Group) -> str:
+    """The parameter that makes the units, and how many more there are."""
+    made = next((m.initializer for m in group.members if m.zeroed), group.members[0].initializer)
+    others = len({m.initializer for m in group.members}) - 1
+    more = f" +{others}" if others else ""
+    return _cut(made, 36 - len(more)) + more
+
+
+def _barrier_table(analysis: Analysis, *, verbose: bool) -> str:
+    shown, left = _capped(analysis.barriers, ROWS, verbose=verbose)
+    total = analysis.coverage.params_total
+    rows = [[count_text(b.params), _percent(_share(b.params, total)), b.barrier.op_type, b.barrier.node,
+             b.barrier.reason] for b in shown]
+    head = ["params", "share", "operator", "node", "reason"]
+    return _table(head, rows, widths=(9, 8, 20, 32, 48), right={0, 1}) + _more(left, "reasons")
+
+
+def _more(left: int, what: str) -> str:
+    return f"\n… and {left} more {what}; -v lists all" if left else ""
+
+T = TypeVar("T")
+
+
+def _capped(rows: Sequence[T], limit: int, *, verbose: bool) -> tuple[Sequence[T], int]:
+    """The rows to show, and how many are left out. One row too many is shown: a line saying so is no shorter."""
+    if verbose or len(rows) <= limit + 1:
+        return rows, 0
+    return rows[:limit], len(rows) - limit
+
+
+def _table(head: Row, rows: Sequence[Row], *, widths: Sequence[int], right: Collection[int] = ()) -> str:
+    """A framed table. widths: the most that each column may take; right: columns that are aligned to the right."""
+    cells = [[_cut(_one_line(cell), width) for cell, width in zip(row, widths, strict=False)] for row in (head, *rows)]
+    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rule = "+" + "+".join("-" * (w + 2) for w in wide) + "+"
+
+    def line(row: Row, aligned: Collection[int]) -> str:
+        padded = (c.rjust(w) if k in aligned else c.ljust(w) for k, (c, w) in enumerate(zip(row, wide, strict=True)))
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([rule, line(cells[0], ()), rule, *(line(row, right) for row in cells[1:]), rule])
+
+
+def _one_line(text: str) -> str:
+    """Names come from the model's file: no line breaks, no control characters."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _cut(text: str, width: int) -> str:
+    """At most `width` characters; the middle goes, since names differ at both ends."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def _three(x: float) -> str:
+    """Two decimals below 100, one above, as in `11.68` and `512.3`."""
+    return f"{x:.2f}" if x < 99.995 else f"{x:.1f}"
+
+
+def _ms(x: float) -> str:
+    return f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _percent(fraction: float) -> str:
+    """`49.8 %`; never `100.0 %` for less than everything, nor `0.0 %` for more than nothing."""
+    shown = round(fraction * 100, 1)
+    if shown >= 100 > fraction * 100:
+        shown = 99.9
+    if shown == 0 and fraction > 0:
+        return "<0.1 %"
+    return f"{shown:.1f} %".replace("-", "−")
+
+
+def _change(before: float, after: float) -> str:
+    """`−49.8 %`, or `same`."""
+    if before == after or not before:
+        return "same"
+    sign = "−" if after < before else "+"
+    return sign + _percent(abs(after - before) / before)
+
+
+def _power(x: float) -> str:
+    """`2.1e-6`, `0` for zero."""
+    if not x:
+        return "0"
+    mantissa, mark, exponent = f"{x:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if mark else mantissa

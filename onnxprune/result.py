@@ -1,0 +1,102 @@
+"""What `compress` gives back: plain values, enough for a table, a JSON document or another program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxprune.axes.analysis import Analysis
+    from onnxprune.model.graph import Model
+    from onnxprune.select.plan import Plan
+
+__all__ = ["Latency", "LatencyStats", "ModelSummary", "Result", "TargetOutcome", "Verification"]
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model in numbers. macs: multiply-accumulates at batch 1; bytes: file and external data; inputs and outputs:
+    (name, type, shape as text)."""
+
+    name: str
+    params: int
+    macs: int
+    bytes: int
+    opset: int
+    ir_version: int
+    producer: str
+    inputs: tuple[tuple[str, str, str], ...]
+    outputs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class TargetOutcome:
+    """What was asked for and what came out, both as the fraction of `metric` that remains."""
+
+    metric: str
+    spec: str
+    wanted: float
+    reached: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The pruned model against the masked original in onnxruntime.
+
+    max_rel_error is max |a - b| / max |a| per output, the worst over outputs and input sets.
+    """
+
+    passed: bool
+    max_abs_error: float
+    max_rel_error: float
+    tolerance: float
+    input_sets: int
+    shapes: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """Milliseconds per run of one model."""
+
+    min_ms: float
+    median_ms: float
+    p90_ms: float
+    runs: int
+    nchwc_kernels: int = 0
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Two models measured turn by turn. significant: their spreads (10th to 90th percentile) don't overlap."""
+
+    before: LatencyStats
+    after: LatencyStats
+    significant: bool
+    threads: int
+    optimisation: str
+
+    @property
+    def speedup(self) -> float:
+        return self.before.median_ms / self.after.median_ms
+
+
+@dataclass(eq=False)
+class Result:
+    """The outcome of `compress`. `after`, `verification` and `latency` are None in a dry run."""
+
+    before: ModelSummary
+    after: ModelSummary | None
+    target: TargetOutcome
+    plan: Plan
+    analysis: Analysis
+    verification: Verification | None = None
+    latency: Latency | None = None
+    output: str | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    model: Model | None = None
+    align: int = 1
+    aligned: tuple[int, int, int, int] = (0, 0, 0, 0)

@@ -1,0 +1,167 @@
+"""How many units each group gives up, so that what remains meets the target.
+
+The target is approached from above: blocks of least important units go, least importance lost per cost saved first,
+as long as the model stays at or above the goal; where no block fits any more, the rest of the gap stays.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.axes.analysis import Group
+from onnxprune.axes.expr import Atom
+from onnxprune.model.profile import Cost
+
+__all__ = ["Allocation", "allocate"]
+
+SLACK = 1e-9
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Kept indices per group id, and what remains of the metric."""
+
+    keep: Mapping[str, np.ndarray]
+    remaining: float
+    least: float  # what would remain if every group gave up all it may
+
+
+class _State:
+    """Unit counts of all groups, and the cost that they add up to."""
+
+    def __init__(self, groups: list[Group], cost: Cost, step: Mapping[str, int], floor: float) -> None:
+        self.groups = {g.id: g for g in groups}
+        self.cost = cost
+        self.step = step
+        self.counts: dict[Atom, int] = {g.atom: g.size for g in groups}
+        self.where = cost.by_atom()
+        self.value = [cost.term(k, self.counts) for k in range(len(cost.terms))]
+        self.total = cost.constant + sum(self.value)
+        self.lowest = {g.id: lowest(g.size, step[g.id], floor) for g in groups}
+
+    def next_count(self, gid: str) -> int | None:
+        """The group's size after one more block; None where it is at its floor."""
+        now, step = self.counts[self.groups[gid].atom], self.step[gid]
+        after = (now - 1) // step * step
+        return after if after >= self.lowest[gid] else None
+
+    def saving(self, gid: str, after: int) -> float:
+        """What the metric loses when a group shrinks to `after` units."""
+        atom = self.groups[gid].atom
+        before, self.counts[atom] = self.counts[atom], after
+        saved = sum(self.value[k] - self.cost.term(k, self.counts) for k in self.where.get(atom, ()))
+        self.counts[atom] = before
+        return saved
+
+    def shrink(self, gid: str, after: int) -> None:
+        atom = self.groups[gid].atom
+        self.counts[atom] = after
+        for k in self.where.get(atom, ()):
+            now = self.cost.term(k, self.counts)
+            self.total += now - self.value[k]
+            self.value[k] = now
+
+
+def lowest(size: int, step: int, floor: float) -> int:
+    """The least that a group may keep: its floor, rounded up to whole blocks, and one block at least."""
+    if size <= step:
+        return size
+    return min(max(step, -(-int(np.ceil(floor * size)) // step) * step), size)
+
+
+def allocate(
+    groups: list[Group],
+    scores: Mapping[str, np.ndarray],
+    cost: Cost,
+    goal: float,
+    step: Mapping[str, int],
+    *,
+    scope: str = "global",
+    floor: float = 0.1,
+) -> Allocation:
+    """Choose what to keep. scope: 'global' ranks all groups together, 'local' takes the same share of each first."""
+    state = _State(groups, cost, step, floor)
+    order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
+    sums = {gid: np.concatenate([[0.0], np.cumsum(scores[gid][o])]) for gid, o in order.items()}
+    least = _least(state)
+    if scope == "local":
+        _same_share(state, goal)
+    _greedy(state, sums, goal)
+    if state.total >= cost.total({}) * (1 - SLACK):
+        _smallest_step(state)
+    keep = {}
+    for g in groups:
+        n = state.counts[g.atom]
+        if n < g.size:
+            keep[g.id] = np.sort(order[g.id][g.size - n:])
+    return Allocation(keep, state.total, least)
+
+
+def _least(state: _State) -> float:
+    counts = {g.atom: state.lowest[g.id] for g in state.groups.values()}
+    return state.cost.total(counts)
+
+
+def _same_share(state: _State, goal: float) -> None:
+    """The smallest common share of units that stays at or above the goal."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        share = (low + high) / 2
+        counts = {g.atom: _shared(state, g, share) for g in state.groups.values()}
+        if state.cost.total(counts) >= goal:
+            high = share
+        else:
+            low = share
+    for g in state.groups.values():
+        state.shrink(g.id, _shared(state, g, high))
+
+
+def _shared(state: _State, group: Group, share: float) -> int:
+    step = state.step[group.id]
+    return min(group.size, max(state.lowest[group.id], -(-int(np.ceil(share * group.size)) // step) * step))
+
+
+def _greedy(state: _State, sums: Mapping[str, np.ndarray], goal: float) -> None:
+    def price(gid: str) -> tuple[float, float, int] | None:
+        after = state.next_count(gid)
+        if after is None:
+            return None
+        group = state.groups[gid]
+        lost = sums[gid][group.size - after] - sums[gid][group.size - state.counts[group.atom]]
+        saved = state.saving(gid, after)
+        return (float(lost) / saved, saved, after) if saved > 0 else None
+
+    heap: list[tuple[float, str]] = []
+    for gid in state.groups:
+        first = price(gid)
+        if first is not None:
+            heapq.heappush(heap, (first[0], gid))
+    while heap:
+        was, gid = heapq.heappop(heap)
+        now = price(gid)
+        if now is None:
+            continue
+        rate, saved, after = now
+        if rate > was * (1 + 1e-9) and heap and rate > heap[0][0]:
+            heapq.heappush(heap, (rate, gid))
+            continue
+        if state.total - saved < goal * (1 - SLACK):
+            continue  # this block is larger than the gap; smaller ones may still fit
+        state.shrink(gid, after)
+        following = price(gid)
+        if following is not None:
+            heapq.heappush(heap, (following[0], gid))
+
+
+def _smallest_step(state: _State) -> None:
+    """Every block is larger than the gap: take the smallest, rather than do nothing in silence."""
+    options = [(state.saving(gid, after), gid, after) for gid in state.groups
+               if (after := state.next_count(gid)) is not None]
+    options = [o for o in options if o[0] > 0]
+    if options:
+        _, gid, after = min(options)
+        state.shrink(gid, after)

@@ -1,0 +1,112 @@
+"""From an analysis and a target to a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxprune.axes.analysis import Analysis, Group
+from onnxprune.axes.dead import INEXACT
+from onnxprune.axes.expr import Atom
+from onnxprune.errors import NothingPrunable, UsageError
+from onnxprune.model.profile import Cost, costs
+from onnxprune.result import TargetOutcome
+from onnxprune.select.align import steps
+from onnxprune.select.allocate import Allocation, allocate
+from onnxprune.select.importance import Criterion, scores
+from onnxprune.select.plan import Plan
+from onnxprune.select.target import Target
+
+__all__ = ["Choice", "candidates", "choose"]
+
+TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, how far it gets, and the block size that it was made with."""
+
+    plan: Plan
+    outcome: TargetOutcome
+    align: int
+    least: float
+
+
+def candidates(analysis: Analysis, *, allow_inexact: bool) -> list[Group]:
+    """The groups that may be pruned. Raises NothingPrunable with what stands in the way."""
+    found = [g for g in analysis.groups if g.kind != INEXACT or (allow_inexact and analysis.provable(g))]
+    if not found:
+        raise NothingPrunable(_why_nothing(analysis), _what_then(analysis))
+    return found
+
+
+def _why_nothing(analysis: Analysis) -> str:
+    inexact = [g for g in analysis.groups if g.kind == INEXACT]
+    if inexact:
+        return f"nothing can be pruned exactly: {len(inexact)} inexact groups, such as {inexact[0].id}: {inexact[0].reason}"
+    if not analysis.coverage.params_total:
+        return "nothing can be pruned: the model has no parameters that a node uses"
+    worst = "; ".join(
+        f"{b.barrier.op_type} {b.barrier.node} ({b.barrier.reason}: {b.params:,} parameters)".replace("  ", " ")
+        for b in analysis.barriers[:3])
+    return f"nothing can be pruned: {worst or 'no axis of a parameter is free'}"
+
+
+def _what_then(analysis: Analysis) -> str:
+    if any(g.kind == INEXACT for g in analysis.groups):
+        return "--allow-inexact prunes them all the same; the function changes, so retrain or check the accuracy"
+    return "`onnxprune inspect` lists every barrier"
+
+
+def choose(
+    analysis: Analysis,
+    target: Target,
+    *,
+    importance: str | Criterion = "l2",
+    scope: str = "global",
+    floor: float = 0.1,
+    align: int = 1,
+    allow_inexact: bool = False,
+    seed: int = 0,
+) -> Choice:
+    """Rank the units and choose a plan that meets the target, in blocks of `align`.
+
+    Where whole blocks don't reach the target, the block is halved until it does.
+    Raises NothingPrunable, UsageError.
+    """
+    if scope not in ("global", "local"):
+        raise UsageError(f"scope '{scope}' is neither global nor local")
+    if not 0 <= floor < 1:
+        raise UsageError(f"floor {floor} is outside 0 to 1")
+    groups = candidates(analysis, allow_inexact=allow_inexact)
+    cost = cost_of(target, analysis, groups)
+    total = cost.total({})
+    goal = target.goal(total)
+    if goal >= total:
+        raise UsageError(f"target {target.text} asks for {goal:,.0f} {target.metric}, and the model has {total:,.0f}",
+                         "ask for less than there is")
+    ranked = scores(analysis, groups, importance, seed=seed)
+    best: tuple[Allocation, int] | None = None
+    block = align
+    while True:
+        found = allocate(groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor)
+        if best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999:
+            best = (found, block)
+        if met(found, goal) or block == 1:
+            break
+        block //= 2
+    allocation, block = best
+    outcome = TargetOutcome(target.metric, target.text, goal / total, allocation.remaining / total,
+                            met(allocation, goal) or allocation.least <= goal)
+    return Choice(Plan(allocation.keep), outcome, block, allocation.least / total)
+
+
+def met(allocation: Allocation, goal: float) -> bool:
+    return allocation.remaining <= goal * (1 + TOLERANCE)
+
+
+def cost_of(target: Target, analysis: Analysis, groups: list[Group]) -> Cost:
+    """The metric that a target speaks of."""
+    if target.metric == "channels":
+        free: dict[Atom, None] = dict.fromkeys(g.atom for g in groups)
+        return Cost(0.0, tuple((1.0, (a,)) for a in free))
+    return costs(analysis)[target.metric]

@@ -1,0 +1,92 @@
+"""A plan: which units of which groups stay. It is stored in the pruned model, so that the proof can be repeated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxprune.axes.analysis import Analysis, Group
+from onnxprune.axes.expr import Atom
+from onnxprune.errors import ModelRejected
+
+__all__ = ["METADATA_KEY", "Plan", "plan_from_text", "plan_to_text"]
+
+METADATA_KEY = "onnxprune.plan"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept unit indices (ascending) per group id; groups that lose nothing are absent."""
+
+    keep: Mapping[str, np.ndarray]
+
+    def by_atom(self, analysis: Analysis) -> dict[Atom, np.ndarray]:
+        """Kept indices by the analysis' atoms."""
+        return {g.atom: self.keep[g.id] for g in analysis.groups if g.id in self.keep}
+
+    def pruned(self, analysis: Analysis) -> list[Group]:
+        """The groups that lose units."""
+        return [g for g in analysis.groups if g.id in self.keep]
+
+
+def _ranges(indices: np.ndarray) -> str:
+    """`0-15,32,40-47`."""
+    if len(indices) == 0:
+        return ""
+    breaks = np.flatnonzero(np.diff(indices) != 1)
+    starts = np.concatenate([[0], breaks + 1])
+    ends = np.concatenate([breaks, [len(indices) - 1]])
+    pairs = ((int(indices[a]), int(indices[b])) for a, b in zip(starts, ends, strict=True))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def _indices(text: str) -> np.ndarray:
+    pieces = []
+    for item in filter(None, text.split(",")):
+        a, _, b = item.partition("-")
+        pieces.append(np.arange(int(a), int(b or a) + 1))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+
+
+def plan_to_text(plan: Plan, analysis: Analysis) -> str:
+    """JSON for the pruned model's metadata. A group is known again by its id, its size and its first member."""
+    groups = [
+        {"id": g.id, "size": g.size, "member": g.members[0].initializer, "axis": g.members[0].axis,
+         "kept": _ranges(plan.keep[g.id])}
+        for g in plan.pruned(analysis)
+    ]
+    pins = {k: v for k, v in analysis.graph.pins.items()}
+    return json.dumps({"schema": SCHEMA, "groups": groups, "pins": pins}, separators=(",", ":"))
+
+
+def plan_from_text(text: str, analysis: Analysis) -> Plan:
+    """The plan stored in a pruned model, for the analysis of its original. Raises ModelRejected where they differ."""
+    hint = "is this the model that it was pruned from, and the same version of onnxprune?"
+    try:
+        document = json.loads(text)
+        entries = document["groups"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ModelRejected("the plan stored in the pruned model can't be read") from None
+    known = {g.id: g for g in analysis.groups}
+    keep: dict[str, np.ndarray] = {}
+    for entry in entries:
+        group = known.get(entry["id"])
+        if group is None or group.size != entry["size"] or group.members[0].initializer != entry["member"]:
+            raise ModelRejected(f"group {entry['id']} of the stored plan does not exist in the original", hint)
+        kept = _indices(entry["kept"])
+        if len(kept) and (kept.min() < 0 or kept.max() >= group.size or np.any(np.diff(kept) <= 0)):
+            raise ModelRejected(f"group {entry['id']} of the stored plan keeps units that do not exist", hint)
+        keep[group.id] = kept
+    return Plan(keep)
+
+
+def stored_pins(text: str) -> dict[str, int]:
+    """The sizes of symbolic dimensions under which the plan was made."""
+    try:
+        return {str(k): int(v) for k, v in json.loads(text).get("pins", {}).items()}
+    except (json.JSONDecodeError, AttributeError, ValueError, TypeError):
+        return {}

@@ -1,0 +1,248 @@
+"""How long models take in onnxruntime on this machine's CPU.
+
+Fewer multiply-accumulates are not less time, so time is measured; and since a machine's clock and neighbours drift, the
+models take turns (a, b, a, b, ...), so that drift meets all of them alike. A difference only counts where the spreads
+don't overlap.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from onnxprune.errors import ModelRejected, UsageError
+from onnxprune.model.graph import subgraphs
+from onnxprune.model.load import open_model
+from onnxprune.result import Latency, LatencyStats
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["OPTIMISATION", "Bench", "bench", "compare", "measure"]
+
+ModelLike = str | os.PathLike[str] | bytes
+Feeds = dict[str, np.ndarray]
+
+OPTIMISATION = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+"""Graph optimisation levels of onnxruntime by the name we give them."""
+
+NCHWC = "com.microsoft.nchwc"  # domain of the blocked-layout kernels that x86 convolutions are rewritten to
+UNKNOWN = -1  # kernel count where the optimised graph could not be written
+
+LEAST_ROUNDS, MOST_ROUNDS = 10, 5000
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Models measured turn by turn.
+
+    significant: per model, whether its spread (10th to 90th percentile) lies apart from the first model's; false for
+    the first itself. runtime: what ran them, for the reader of a report.
+    """
+
+    rows: tuple[LatencyStats, ...]
+    significant: tuple[bool, ...]
+    threads: int
+    optimisation: str
+    runtime: str
+
+    def against_first(self, k: int) -> Latency:
+        """Model k compared with the first."""
+        return Latency(self.rows[0], self.rows[k], self.significant[k], self.threads, self.optimisation)
+
+
+def bench(
+    models: Sequence[ModelLike],
+    *,
+    threads: int = 1,
+    warmup: int = 3,
+    runs: int | None = None,
+    seconds: float = 2.0,
+    optimisation: str = "all",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Bench:
+    """Measure models (paths or serialised) in turns.
+
+    runs: rounds, each of which runs every model once; without it, rounds go on for `seconds` per model, at least
+    LEAST_ROUNDS of them. warmup: rounds that don't count. shapes: sizes of inputs by name, instead of the usual ones.
+    Raises ModelRejected where onnxruntime can't load or run a model, UsageError for an unknown input or level.
+    """
+    import onnxruntime
+
+    if optimisation not in OPTIMISATION:
+        raise UsageError(f"'{optimisation}' is no graph optimisation level", f"one of {', '.join(OPTIMISATION)}")
+    opened = [_open(model, threads=threads, optimisation=optimisation) for model in models]
+    sessions = [session for session, _ in opened]
+    feeds = _feeds(sessions, shapes or {}, seed)
+    names = [_label(model) for model in models]
+    times = _in_turns(sessions, feeds, names, warmup=warmup, runs=runs, seconds=seconds)
+    rows = tuple(_stats(t, kernels) for t, (_, kernels) in zip(times, opened, strict=True))
+    significant = tuple(_apart(times[0], t) for t in times)
+    return Bench(rows, significant, threads, optimisation, f"onnxruntime {onnxruntime.__version__} CPU")
+
+
+def measure(
+    paths: Sequence[ModelLike],
+    *,
+    threads: int = 1,
+    warmup: int = 3,
+    runs: int | None = None,
+    seconds: float = 2.0,
+    optimisation: str = "all",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> list[LatencyStats]:
+    """The figures of `bench`, without the comparison."""
+    return list(bench(paths, threads=threads, warmup=warmup, runs=runs, seconds=seconds, optimisation=optimisation,
+                      shapes=shapes, seed=seed).rows)
+
+
+def compare(
+    a: ModelLike,
+    b: ModelLike,
+    *,
+    threads: int = 1,
+    warmup: int = 3,
+    runs: int | None = None,
+    seconds: float = 2.0,
+    optimisation: str = "all",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+) -> Latency:
+    """Two models, turn by turn: `a` before, `b` after."""
+    return bench([a, b], threads=threads, warmup=warmup, runs=runs, seconds=seconds, optimisation=optimisation,
+                 shapes=shapes, seed=seed).against_first(1)
+
+
+def _label(model: ModelLike) -> str:
+    return "the model" if isinstance(model, bytes) else os.fspath(model)
+
+
+def _open(model: ModelLike, *, threads: int, optimisation: str) -> tuple[ort.InferenceSession, int]:
+    """A session and the number of NCHWc kernels in it.
+
+    The kernels are counted in the optimised graph that onnxruntime writes on the way; weights go to a file beside it
+    that is never read, and both are gone when this returns.
+    """
+    if not isinstance(model, bytes):
+        open_model(model)  # says what is wrong with a file more plainly than onnxruntime does
+    if optimisation != "all":  # the levels below don't change layouts
+        return _session(model, _options(threads, optimisation)), 0
+    with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
+        written = Path(folder, "optimised.onnx")
+        options = _options(threads, optimisation)
+        options.optimized_model_filepath = str(written)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        try:
+            session = _session(model, options)
+            return session, _count(onnx.load(written, load_external_data=False).graph.node)
+        except (ModelRejected, OSError):  # a full disk, or a graph that can't be written: do without the count
+            return _session(model, _options(threads, optimisation)), UNKNOWN
+
+
+def _options(threads: int, optimisation: str) -> ort.SessionOptions:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, OPTIMISATION[optimisation])
+    # Threads that spin after a run would take the processor away from the model whose turn it is.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _session(model: ModelLike, options: ort.SessionOptions) -> ort.InferenceSession:
+    import onnxruntime
+
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base but this one
+        raise ModelRejected(f"onnxruntime can't load {_label(model)}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _count(nodes: Iterable[onnx.NodeProto]) -> int:
+    return sum((node.domain == NCHWC) + sum(_count(body.node) for body in subgraphs(node)) for node in nodes)
+
+
+def _feeds(sessions: Sequence[ort.InferenceSession], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Feeds]:
+    """Inputs per model; models with the same signature get the very same ones."""
+    from onnxprune.verify.inputs import input_sets
+
+    known: dict[Any, Feeds] = {}
+    found: list[Feeds] = []
+    names = {i.name for session in sessions for i in session.get_inputs()}
+    for name in shapes:
+        if name not in names:
+            raise UsageError(f"there is no input '{name}'", f"the inputs are {', '.join(sorted(names))}")
+    for session in sessions:
+        signature = tuple((i.name, i.type, tuple(i.shape)) for i in session.get_inputs())
+        if signature not in known:
+            first = input_sets(session, seed=seed, count=1)[0]
+            known[signature] = {n: np.resize(a, tuple(shapes[n])) if n in shapes else a for n, a in first.items()}
+        found.append(known[signature])
+    return found
+
+
+def _in_turns(
+    sessions: Sequence[ort.InferenceSession],
+    feeds: Sequence[Feeds],
+    names: Sequence[str],
+    *,
+    warmup: int,
+    runs: int | None,
+    seconds: float,
+) -> list[np.ndarray]:
+    """Milliseconds of every run, per model."""
+    times: list[list[float]] = [[] for _ in sessions]
+    for _ in range(max(warmup, 1)):
+        for session, feed, name in zip(sessions, feeds, names, strict=True):
+            try:
+                session.run(None, feed)
+            except Exception as error:
+                raise ModelRejected(f"onnxruntime can't run {name}: {_first_line(error)}",
+                                    "give sizes that fit with --input-shapes") from error
+    end = time.perf_counter() + seconds * len(sessions)
+    rounds = 0
+    while rounds < runs if runs is not None else _go_on(rounds, end):
+        for session, feed, taken in zip(sessions, feeds, times, strict=True):
+            start = time.perf_counter_ns()
+            session.run(None, feed)
+            taken.append((time.perf_counter_ns() - start) / 1e6)
+        rounds += 1
+    return [np.asarray(t) for t in times]
+
+
+def _go_on(rounds: int, end: float) -> bool:
+    return rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() < end)
+
+
+def _stats(times: np.ndarray, kernels: int) -> LatencyStats:
+    return LatencyStats(float(times.min()), float(np.median(times)), float(np.percentile(times, 90)), len(times), kernels)
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether the spreads, 10th to 90th percentile, don't overlap."""
+    (a10, a90), (b10, b90) = np.percentile(a, (10, 90)), np.percentile(b, (10, 90))
+    return bool(a90 < b10 or b90 < a10)
