@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import click
 
@@ -38,6 +38,7 @@ IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm")
 DEPLOYMENTS = ("ort-cpu", "openvino", "tensorrt", "none")
 OPTIMISATION = ("none", "basic", "extended", "all")
 
+Shapes = dict[str, tuple[int, ...]]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -45,14 +46,17 @@ class _Command(click.Command):
     """A command whose errors become an `error:` and a `hint:` line; -vv adds the traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, epilog=EPILOG, **kwargs)
+        kwargs.setdefault("epilog", EPILOG)
+        super().__init__(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except Exception as error:
+        except BrokenPipeError:  # whoever reads our report has seen enough; the work is done
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:  # noqa: BLE001 - every other one ends in a message and an exit code
             _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
 
 
@@ -65,6 +69,9 @@ class _Group(click.Group):
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            code = USAGE
         except click.ClickException as error:
             where = getattr(error, "ctx", None)
             _complain(error.format_message(), f"see `{where.command_path if where else 'onnxprune'} --help`")
@@ -72,9 +79,6 @@ class _Group(click.Group):
         except click.Abort:
             _complain("interrupted", "")
             code = INTERRUPTED
-        except BrokenPipeError:  # the reader of our output has seen enough; the work is done
-            code = 0
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -116,7 +120,7 @@ class _Progress:
     def __init__(self, *, quiet: bool) -> None:
         self.shown = sys.stderr.isatty() and not quiet
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -128,20 +132,19 @@ class _Progress:
             click.echo(f"\r\x1b[K{stage} ...", err=True, nl=False)
 
 
-class _Shape(click.ParamType):
-    """`x:1,3,224,224` or `x:[1,3,224,224]`; the name may hold colons."""
-
-    name = "NAME:SIZES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        name, _, sizes = str(value).rpartition(":")
+def _parse_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Shapes:
+    """`x:1,3,224,224` or `x:[1,3,224,224]`, one input each; the name may hold colons."""
+    shapes: Shapes = {}
+    for value in values:
+        name, _, sizes = value.rpartition(":")
         try:
             shape = tuple(int(n) for n in sizes.strip().removeprefix("[").removesuffix("]").split(","))
         except ValueError:
             shape = ()
         if not name or not shape or min(shape) < 1:
-            self.fail(f"'{value}' is no input shape, such as x:1,3,224,224", param, ctx)
-        return name, shape
+            raise click.BadParameter(f"'{value}' is no input shape, such as x:1,3,224,224", ctx, param)
+        shapes[name] = shape
+    return shapes
 
 
 def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str:
@@ -170,10 +173,10 @@ _json = _option("--json", "json_to", metavar="FILE|-", is_flag=False, flag_value
                 help="Write a JSON document; - prints it instead of the table.")
 _verbose = _option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks of errors.")
 _quiet = _option("-q", "--quiet", is_flag=True, help="No table and no progress; warnings and errors only.")
-_seed = _option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+_seed = _option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
 _exclude = _option("--exclude", multiple=True, metavar="REGEX",
                    help="Keep initializers and nodes whose name matches. May be repeated.")
-_shapes = _option("--input-shapes", multiple=True, type=_Shape(), metavar="NAME:SIZES",
+_shapes = _option("--input-shapes", multiple=True, callback=_parse_shapes, metavar="NAME:SIZES",
                   help="Sizes of an input, as in x:1,3,224,224. May be repeated; the output's dynamic sizes stay.")
 _threads = _option("--threads", type=click.IntRange(min=1), default=1, show_default=True,
                    help="Threads of onnxruntime when latency is measured.")
@@ -215,20 +218,18 @@ def main() -> None:
 @_quiet
 @_seed
 def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, quiet: bool, no_latency: bool,
-             input_shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) -> None:
+             input_shapes: Shapes, **options: Any) -> None:
     """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default)."""
     path = Path(model)
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
-    if not options["dry_run"]:
-        _check_output(output, path, force=options["force"])
     _check_json(json_to, path, output)
     from onnxprune import pipeline
     from onnxprune.report.document import compress_document
     from onnxprune.report.terminal import compress_report
 
     with _Progress(quiet=quiet) as progress:
-        result = pipeline.compress(model, output, latency=not no_latency, input_shapes=dict(input_shapes) or None,
-                                   progress=progress, **options)
+        result = pipeline.compress(model, None if options["dry_run"] else output, latency=not no_latency,
+                                   input_shapes=input_shapes or None, progress=progress, **options)
     _deliver(json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0),
              quiet=quiet)
     for warning in result.warnings:
@@ -241,7 +242,7 @@ def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, 
 @_shapes
 @_json
 @_verbose
-def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: tuple[tuple[str, tuple[int, ...]], ...],
+def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes,
             json_to: str | None, verbose: int) -> None:
     """Show what is prunable in MODEL, and what stands in the way of the rest."""
     _check_json(json_to, Path(model))
@@ -249,7 +250,7 @@ def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: tuple[tuple[s
     from onnxprune.report.document import inspect_document
     from onnxprune.report.terminal import inspect_report
 
-    found = pipeline.inspect(model, exclude=exclude, input_shapes=dict(input_shapes) or None)
+    found = pipeline.inspect(model, exclude=exclude, input_shapes=input_shapes or None)
     timing = {"load_s": found.load_s, "analyse_s": found.analyse_s}
     _deliver(json_to, lambda: inspect_document(found.summary, found.analysis, timing=timing),
              lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0))
@@ -258,17 +259,19 @@ def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: tuple[tuple[s
 @main.command()
 @click.argument("original")
 @click.argument("pruned")
+@_shapes
 @_json
 @_verbose
 @_seed
-def verify(original: str, pruned: str, *, json_to: str | None, verbose: int, seed: int) -> None:
+def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | None, verbose: int,
+           seed: int) -> None:
     """Prove that PRUNED equals ORIGINAL with the removed units masked."""
     _check_json(json_to, Path(original), Path(pruned))
     from onnxprune import pipeline
     from onnxprune.report.document import verify_document
     from onnxprune.report.terminal import verify_line
 
-    found = pipeline.verify(original, pruned, seed=seed)
+    found = pipeline.verify(original, pruned, seed=seed, input_shapes=input_shapes or None)
     _deliver(json_to, lambda: verify_document(original, pruned, found), lambda: verify_line(found))
 
 
@@ -284,7 +287,7 @@ def verify(original: str, pruned: str, *, json_to: str | None, verbose: int, see
 @_json
 @_verbose
 @_seed
-def bench(models: tuple[str, ...], *, input_shapes: tuple[tuple[str, tuple[int, ...]], ...], json_to: str | None,
+def bench(models: tuple[str, ...], *, input_shapes: Shapes, json_to: str | None,
           verbose: int, **options: Any) -> None:
     """Measure the latency of models in turns, and compare each with the first."""
     _check_json(json_to, *map(Path, models))
@@ -292,19 +295,8 @@ def bench(models: tuple[str, ...], *, input_shapes: tuple[tuple[str, tuple[int, 
     from onnxprune.report.terminal import bench_table
     from onnxprune.verify import latency
 
-    measured = latency.bench(models, shapes=dict(input_shapes), **options)
+    measured = latency.bench(models, shapes=input_shapes, **options)
     _deliver(json_to, lambda: bench_document(models, measured), lambda: bench_table(models, measured))
-
-
-def _check_output(output: Path, model: Path, *, force: bool) -> None:
-    """Before any work is done: the model may be written there. Raises UsageError."""
-    if _same_file(output, model):
-        raise UsageError(f"the output {output} is the model itself", "give another path")
-    if output.is_dir():
-        raise UsageError(f"the output {output} is a folder", "give a file in it")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already", "--force overwrites it")
-    _check_writable(output)
 
 
 def _check_json(json_to: str | None, *models: Path) -> None:

@@ -171,6 +171,8 @@ class _Walk:
         self.contractions: dict[int, list[Contraction]] = {}
         self.noted: dict[int, dict[str, Expr]] = {}
         self.arithmetic: set[int] = set()
+        self.read_outside = set(graph.outputs)
+        self.read_outside |= {n for node in graph.nodes for n in node.captured}
 
     def run(self) -> None:
         graph = self.graph
@@ -200,7 +202,7 @@ class _Walk:
             for i, name in enumerate(node.inputs):
                 self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, "sizes and positions"))
             return
-        barrier = Barrier(node.label, node.op, f"{node.op} is not understood")
+        barrier = Barrier(node.label, node.op, "axes do not line up")
         operator = self.registry.get(node.op)
         inputs = [self.input_axes(node, i, name) for i, name in enumerate(node.inputs)]
         if self.is_shape_arithmetic(node):
@@ -213,12 +215,12 @@ class _Walk:
                 self.whole(name, sizes)
             return
         if operator is None or operator.axes is None or node.captured:
-            if node.captured:
-                barrier = Barrier(node.label, node.op, "a control-flow body")
+            why = "a control-flow body" if node.captured else f"{node.op} is not understood"
+            barrier = Barrier(node.label, node.op, why)
             self.stop(node, inputs, barrier)
             return
         context = AxisContext(node, barrier, inputs, [graph.values.get(n) if n else None for n in node.inputs],
-                              [graph.shapes.get(n) for n in node.outputs])
+                              [graph.shapes.get(n) for n in node.outputs], shape_only=self.shape_only(node))
         try:
             operator.axes(context)
         except GiveUp as reason:
@@ -237,6 +239,17 @@ class _Walk:
         fresh = tuple(Atom(n) for n in parameter.shape)
         self.uses[node.index, i] = fresh
         return fresh
+
+    def shape_only(self, node: Node) -> bool:
+        """True where nothing but the shapes of a node's outputs is read."""
+        for name in node.outputs:
+            if name in self.read_outside:
+                return False
+            for reader, _ in self.graph.consumers.get(name, ()):
+                operator = self.registry.get(reader.op)
+                if operator is None or operator.from_shape is None:
+                    return False
+        return True
 
     def is_shape_arithmetic(self, node: Node) -> bool:
         """Sizes and positions, all known: nothing in them is a channel."""
@@ -383,7 +396,7 @@ def _coverage(
     total = prunable = exactly = 0.0
     costs: dict[Barrier, float] = {}
     for name, parameter in graph.parameters.items():
-        if name not in best:  # nothing reads it
+        if name not in best or parameter.elem_type in NO_PARAMETERS:  # nothing reads it, or it holds positions
             continue
         left, left_exact, barrier = best[name]
         total += parameter.size
@@ -397,7 +410,8 @@ def _coverage(
     return Coverage(round(total), round(prunable), round(exactly)), tuple(rows), covered_by_name
 
 
-_POSITIONS = {TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING}
+NO_PARAMETERS = frozenset({TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING})
+_POSITIONS = NO_PARAMETERS | {TensorProto.INT32}
 _WEAK = {"a kernel's extent", "not a channel axis", "the directions of a recurrent cell", "the gates of a recurrent cell",
          "a spatial axis"}
 _ = (CONSUMES,)

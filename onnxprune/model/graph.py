@@ -21,8 +21,7 @@ from onnxprune.model.payload import Payload, dtype_of
 __all__ = ["Graph", "Model", "Node", "Parameter", "attribute_value", "subgraphs"]
 
 _SINGLE = {AttributeProto.FLOAT: "f", AttributeProto.INT: "i", AttributeProto.TENSOR: "t", AttributeProto.GRAPH: "g"}
-_MANY = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints", AttributeProto.GRAPHS: "graphs",
-         AttributeProto.STRINGS: "strings"}
+_MANY = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints", AttributeProto.GRAPHS: "graphs"}
 
 
 def attribute_value(attribute: AttributeProto) -> Any:
@@ -31,6 +30,8 @@ def attribute_value(attribute: AttributeProto) -> Any:
         return getattr(attribute, _SINGLE[attribute.type])
     if attribute.type == AttributeProto.STRING:
         return attribute.s.decode("utf-8", "replace")
+    if attribute.type == AttributeProto.STRINGS:
+        return [s.decode("utf-8", "replace") for s in attribute.strings]
     if attribute.type in _MANY:
         return list(getattr(attribute, _MANY[attribute.type]))
     return onnx.helper.get_attribute_value(attribute)
@@ -203,27 +204,28 @@ def sorted_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
     return order
 
 
+def index_nodes(protos: Iterable[NodeProto], opsets: Mapping[str, int]) -> list[Node]:
+    """Nodes in topological order, with their attributes as Python values. opsets: version per domain."""
+    default = opsets.get("", opsets.get("ai.onnx", 1))
+    nodes: list[Node] = []
+    for proto in sorted_nodes(protos):
+        domain = "" if proto.domain == "ai.onnx" else proto.domain
+        captured: set[str] = set()
+        for body in subgraphs(proto):
+            captured |= names_used(body)
+        nodes.append(Node(
+            index=len(nodes), proto=proto, op=f"{domain}::{proto.op_type}" if domain else proto.op_type,
+            opset=opsets.get(domain, default if not domain else 1), inputs=tuple(proto.input),
+            outputs=tuple(proto.output), attributes={a.name: attribute_value(a) for a in proto.attribute},
+            captured=tuple(sorted(captured))))
+    return nodes
+
+
 def index_graph(model: Model) -> Graph:
     """Index the main graph of a model. Shapes and values are not known yet: see `infer`."""
     proto = model.proto
-    opsets = {o.domain or "": o.version for o in proto.opset_import}
-    opsets["ai.onnx"] = opsets.get("", opsets.get("ai.onnx", 1))
-    parameters: dict[str, Parameter] = {}
-    for tensor in proto.graph.initializer:
-        parameters[tensor.name] = Parameter(tensor.name, tensor.data_type, tuple(tensor.dims), tensor)
-    nodes: list[Node] = []
-    for node in sorted_nodes(proto.graph.node):
-        attributes = {a.name: attribute_value(a) for a in node.attribute}
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        op = f"{domain}::{node.op_type}" if domain else node.op_type
-        captured: set[str] = set()
-        for body in subgraphs(node):
-            captured |= names_used(body)
-        opset = opsets.get(domain, opsets["ai.onnx"] if not domain else 1)
-        nodes.append(Node(len(nodes), node, op, opset, tuple(node.input), tuple(node.output), attributes,
-                          tuple(sorted(captured))))
+    opsets = {o.domain: o.version for o in proto.opset_import}
+    parameters = {t.name: Parameter(t.name, t.data_type, tuple(t.dims), t) for t in proto.graph.initializer}
     inputs = tuple(i.name for i in proto.graph.input if i.name not in parameters)
-    return Graph(model, nodes, parameters, inputs, tuple(o.name for o in proto.graph.output))
-
-
-_ = dtype_of
+    return Graph(model, index_nodes(proto.graph.node, opsets), parameters, inputs,
+                 tuple(o.name for o in proto.graph.output))

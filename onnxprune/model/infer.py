@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, TypeProto, defs, numpy_helper
 
-from onnxprune.model.graph import Graph, Node, Parameter, index_graph, Model
+from onnxprune.model.graph import Graph, Model, Node, Parameter, index_graph, index_nodes
 from onnxprune.ops.registry import Operator
 
 __all__ = ["infer", "pin_candidates", "symbolic_inputs"]
@@ -137,6 +137,7 @@ class _Inference:
         self.imports.setdefault("", self.imports.get("ai.onnx", 1))
         self.schemas: dict[tuple[str, int], defs.OpSchema | None] = {}
         self.declared: dict[str, TypeProto] = {}
+        self.inside = 0  # depth of control-flow bodies
 
     def run(self) -> None:
         proto = self.graph.model.proto.graph
@@ -191,6 +192,8 @@ class _Inference:
             return
         if operator is not None and self.fold(node, operator):
             return
+        if operator is not None and operator.taken is not None and self.take_body(node, operator):
+            return
         if not self.by_schema(node) and operator is not None and operator.shape is not None:
             self.by_rule(node, operator)
         self.by_declaration(node)
@@ -206,6 +209,12 @@ class _Inference:
             return False
         found = rule(node, values)
         name = node.outputs[0]
+        if self.inside:
+            if isinstance(found, TensorProto) and found.data_location != TensorProto.EXTERNAL:
+                array = numpy_helper.to_array(found)
+                self.know(name, found.data_type, array.shape)
+                self.know_value(name, array)
+            return isinstance(found, TensorProto)
         if isinstance(found, TensorProto):
             parameter = Parameter(name, found.data_type, tuple(found.dims), found, node.proto)
         elif isinstance(found, tuple):
@@ -217,6 +226,27 @@ class _Inference:
         self.graph.parameters[name] = parameter
         self.know_parameter(parameter)
         return True
+
+    def take_body(self, node: Node, operator: Operator) -> bool:
+        """A control-flow node of which it is known what runs: what is known of the body is known of the node."""
+        values = [self.graph.values.get(n) for n in node.inputs]
+        if any(v is None for v in values) or operator.taken is None:
+            return False
+        body = operator.taken(node, values)
+        self.inside += 1
+        for tensor in body.initializer:
+            self.know(tensor.name, tensor.data_type, tuple(tensor.dims))
+            if tensor.data_location != TensorProto.EXTERNAL:
+                self.know_value(tensor.name, numpy_helper.to_array(tensor))
+        for inner in index_nodes(body.node, self.imports):
+            self.visit(inner)
+        self.inside -= 1
+        for name, source in zip(node.outputs, (o.name for o in body.output), strict=True):
+            if source in self.graph.shapes:
+                self.know(name, self.graph.types.get(source, 0), self.graph.shapes[source])
+            if source in self.graph.values:
+                self.know_value(name, self.graph.values[source])
+        return all(name in self.graph.shapes for name in node.outputs)
 
     def fold(self, node: Node, operator: Operator) -> bool:
         """Compute the outputs where all inputs are known and small."""

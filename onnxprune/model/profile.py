@@ -11,7 +11,7 @@ from math import prod
 
 from onnx import TensorProto
 
-from onnxprune.axes.analysis import OUTPUT, Analysis, parameter_of
+from onnxprune.axes.analysis import NO_PARAMETERS, OUTPUT, Analysis, parameter_of
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, resolve
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.infer import symbolic_inputs
@@ -99,11 +99,13 @@ def costs(analysis: Analysis) -> dict[str, Cost]:
         seen.add(key)
         first.add(name)
         parameter = graph.parameters[name]
-        params.add(1.0, axes)
+        if parameter.elem_type not in NO_PARAMETERS:
+            params.add(1.0, axes)
         if parameter.proto is not None:
             size.add(nbytes(parameter.elem_type, parameter.shape) / max(parameter.size, 1), axes)
     for tensor in stored_tensors(graph.model.proto.graph):
-        if tensor.name in graph.parameters and tensor.name not in first:
+        known = graph.parameters.get(tensor.name)
+        if known is not None and tensor.name not in first and known.elem_type not in NO_PARAMETERS:
             params.add(float(graph.parameters[tensor.name].size), ())
     stored = size.constant + sum(c * prod(e.size for e in axes) for axes, c in size.terms.items())
     size.constant += max(graph.model.nbytes - stored, 0)
@@ -118,7 +120,7 @@ def costs(analysis: Analysis) -> dict[str, Cost]:
             for coefficient, axes in operator.macs(node, inputs, outputs):
                 if all(e.size >= 0 for e in axes):
                     macs.add(coefficient / batch, axes)
-        except IndexError:
+        except (IndexError, ValueError):  # an input of unknown rank
             continue
     return {"params": params.build(), "size": size.build(), "macs": macs.build()}
 

@@ -91,6 +91,7 @@ OPERATORS = (
         np.asarray(a).item(), np.asarray(b).item(), np.asarray(d).item(), np.asarray(a).dtype)),
     Operator("NonZero", None, evaluate=lambda n, x: np.array(np.nonzero(x), np.int64)),
     Operator("OneHot", None, evaluate=_one_hot),
+    Operator("If", taken=lambda n, values: n.attributes["then_branch" if np.all(values[0]) else "else_branch"]),
     Operator("RandomNormal", frozen_axes),
     Operator("RandomUniform", frozen_axes),
 )

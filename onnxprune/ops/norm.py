@@ -19,6 +19,10 @@ __all__ = ["OPERATORS"]
 def batch_norm_axes(c: AxisContext) -> None:
     x = c.axes(0)
     channel = x[1] if len(x) > 1 else x[0]
+    if c.attr("training_mode", 0) or (c.node.opset < 14 and len(c.node.outputs) > 1):  # statistics of the batch
+        for k in range(len(x)):
+            if k != 1:
+                c.contract(Kind.NORM, (0, k), through=True)
     for i in range(1, 5):
         c.equal(channel, c.axes(i)[0])
     c.output(*x)

@@ -230,6 +230,8 @@ def gather_axes(c: AxisContext) -> None:
 def gathered(c: AxisContext, expr: Expr, index: Sequence[Expr]) -> Sequence[Expr]:
     """The axes that take the place of a gathered one: the pieces that constant indices cut out of it."""
     value = c.value(1)
+    if c.shape_only and not index and value is not None:
+        return ()
     if value is None or is_frozen(expr) or expr.size < 0 or len(index) > 1 or value.size == 0:
         c.freeze("it is looked up by index", expr)
         return index
@@ -261,7 +263,7 @@ def patch_gather(p: PatchContext) -> None:
     place = np.full(n, -1, np.int64)
     place[kept] = np.arange(len(kept))
     moved = place[np.asarray(value).astype(np.int64) % n]
-    p.want(1, (moved[moved >= 0] if moved.ndim else moved).astype(value.dtype))
+    p.want(1, (moved[moved >= 0] if moved.ndim else np.maximum(moved, 0)).astype(value.dtype))
 
 
 def gather_elements_axes(c: AxisContext) -> None:

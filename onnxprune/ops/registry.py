@@ -32,6 +32,7 @@ class Operator:
     from_shape: value of the output that only the first input's shape decides: from_shape(node, shape).
     stored: for an operator that is a stored tensor: stored(node, values of the inputs) gives a TensorProto, or a pair
         (fill, shape) of a tensor that has one value throughout; None where this node is no stored tensor.
+    taken: which body of a control-flow node runs, where that is known: taken(node, values of the inputs).
     bias: input that is added to the output per channel, into which a constant can be folded.
     gamma: input that scales the output per channel, for importance by |gamma|.
     shape: (element type, shape) per output, for operators that onnx has no inference for.
@@ -49,6 +50,7 @@ class Operator:
     evaluate: Evaluate | None = None
     from_shape: Evaluate | None = None
     stored: Evaluate | None = None
+    taken: Evaluate | None = None
     bias: int | None = None
     gamma: int | None = None
     shape: ShapeRule | None = None

@@ -74,6 +74,7 @@ class AxisContext:
     output_shapes: Sequence[tuple[int | None, ...] | None]
     outputs: list[tuple[Expr, ...] | None] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    shape_only: bool = False  # nothing but the outputs' shapes is ever read
     used: set[int] = field(default_factory=set)
     noted: dict[str, Expr] = field(default_factory=dict)
 

@@ -46,9 +46,9 @@ def summary_table(result: Result, *, verbose: bool = False) -> str:
     """Before, after and change, a row each. After a dry run the column holds what is planned."""
     before, after = result.before, result.after
     name = "planned" if after is None else os.path.basename(result.output or "") or after.name
-    rows = [["Opset / IR", *_same(_versions(before), after and _versions(after))]]
-    rows += _port_rows("IN ", before.inputs, after and after.inputs, verbose=verbose)
-    rows += _port_rows("OUT", before.outputs, after and after.outputs, verbose=verbose)
+    rows = [["Opset / IR", *_same(_versions(before), None if after is None else _versions(after))]]
+    rows += _port_rows("IN ", before.inputs, None if after is None else after.inputs, verbose=verbose)
+    rows += _port_rows("OUT", before.outputs, None if after is None else after.outputs, verbose=verbose)
     rows += [_cost_row(result, "Params / size"), _cost_row(result, "MACs (batch 1)")]
     if result.latency is not None:
         rows.append(_latency_row(result.latency))
@@ -75,29 +75,29 @@ def inspect_report(summary: ModelSummary, analysis: Analysis, *, verbose: bool =
     """The model in numbers, what is prunable, the groups and what stands in the way of the rest."""
     s, c = summary, analysis.coverage
     made = f", made by {_cut(s.producer, 30)}" if s.producer else ""
-    lines = [f"{os.path.basename(s.name)}: {count_text(s.params)} parameters, {count_text(s.macs)} MACs (batch 1), "
-             f"{bytes_text(s.bytes)}, opset {s.opset}, IR {s.ir_version}{made}"]
+    figures = f"{count_text(s.params)} parameters, {count_text(s.macs)} MACs (batch 1), {bytes_text(s.bytes)}"
+    lines = [f"{os.path.basename(s.name)}: {figures}, opset {s.opset}, IR {s.ir_version}{made}"]
     for kind, ports in (("IN ", s.inputs), ("OUT", s.outputs)):
         shown, left = _capped(ports, PORTS, verbose=verbose)
         lines += [f"  {kind} {_cut(name, 30)}  {dtype} {_cut(shape, 40)}" for name, dtype, shape in shown]
         lines += [f"  {kind} … and {left} more"] if left else []
     n = len(analysis.groups)
-    exact = "" if c.params_exact == c.params_prunable else f", {_percent(_share(c.params_exact, c.params_total))} exactly"
+    exact = f", {_percent(_share(c.params_exact, c.params_total))} exactly" if c.params_exact < c.params_prunable else ""
     lines += ["", f"prunable: {_percent(c.fraction)} of the parameters{exact}, in {n} group{'s' * (n != 1)}"]
     if analysis.groups:
         lines += ["", _group_table(analysis.groups, verbose=verbose)]
     if analysis.barriers:
-        lost = sum(b.params for b in analysis.barriers)
-        lines += ["", f"not prunable: {count_text(lost)} parameters, by reason", _barrier_table(analysis, verbose=verbose)]
+        lost = count_text(sum(b.params for b in analysis.barriers))
+        lines += ["", f"not prunable: {lost} parameters, by reason", _barrier_table(analysis, verbose=verbose)]
     return "\n".join(lines)
 
 
 def bench_table(names: Sequence[str], bench: Bench) -> str:
     """A row per model; the last column compares it with the first."""
     rows = []
-    for k, (name, row) in enumerate(zip(names, bench.rows, strict=True)):
+    for k, (name, row) in enumerate(zip(_told_apart(names), bench.rows, strict=True)):
         against = "–" if k == 0 else _speedup(bench.against_first(k))
-        rows.append([os.path.basename(name), *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
+        rows.append([name, *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
                      str(row.runs), str(row.nchwc_kernels) if row.nchwc_kernels >= 0 else "?", against])
     head = ["model", "min", "p50", "p90", "runs", "NCHWc", "against the first"]
     turns = ", in turns" if len(rows) > 1 else ""
@@ -188,7 +188,7 @@ def _groups_pruned(result: Result) -> str:
     """`12 of 14 (2: inexact)`."""
     whole = [g for g in result.analysis.groups if g.id not in result.plan.keep]
     pruned, total = len(result.analysis.groups) - len(whole), len(result.analysis.groups)
-    reasons = Counter("inexact" if g.kind == "inexact" else "kept" for g in whole)
+    reasons = Counter("inexact" if g.kind == "inexact" else "kept whole" for g in whole)
     left = ", ".join(f"{n}: {reason}" for reason, n in reasons.items())
     return f"{pruned} of {total}" + (f" ({left})" if left else "")
 
@@ -196,14 +196,14 @@ def _groups_pruned(result: Result) -> str:
 def _target_line(result: Result) -> str:
     t = result.target
     outcome = "met" if t.met else "NOT met"
-    return (f"target: {t.metric}={t.spec}, {outcome}: {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
+    return (f"target: {t.spec} {outcome}, {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
             f"(asked for {_percent(t.wanted)} kept)")
 
 
 def _latency_line(latency: Latency) -> str:
     kernels = f"{_kernels(latency.before)} -> {_kernels(latency.after)} NCHWc kernels"
-    return (f"latency: {_speedup(latency)} (medians of {latency.before.runs} runs in turns, {_threads(latency.threads)}, "
-            f"graph optimisation '{latency.optimisation}', {kernels})")
+    return (f"latency: {_speedup(latency)} at the median (min / median / p90 of {latency.before.runs} runs in turns, "
+            f"{_threads(latency.threads)}, graph optimisation '{latency.optimisation}', {kernels})")
 
 
 def _kernels(stats: LatencyStats) -> str:
@@ -239,6 +239,12 @@ def _group_table(groups: Sequence[Group], *, verbose: bool) -> str:
         head, rows = head[:-1], [row[:-1] for row in rows]
     table = _table(head, rows, widths=(8, 8, 9, 11, 36, 36), right={1, 2})
     return table + _more(left, "groups")
+
+
+def _told_apart(paths: Sequence[str]) -> Sequence[str]:
+    """File names, or the paths where two files have the same name."""
+    names = [os.path.basename(path) for path in paths]
+    return names if len(set(names)) == len(names) else paths
 
 
 def _first_member(group: Group) -> str:
@@ -312,7 +318,7 @@ def _share(part: float, whole: float) -> float:
 
 def _percent(fraction: float) -> str:
     """`49.8 %`; never `100.0 %` for less than everything, nor `0.0 %` for more than nothing."""
-    shown = round(fraction * 100, 1)
+    shown = round(fraction * 100, 1) + 0.0
     if shown >= 100 > fraction * 100:
         shown = 99.9
     if shown == 0 and fraction > 0:
@@ -324,8 +330,8 @@ def _change(before: float, after: float) -> str:
     """`−49.8 %`, or `same`."""
     if before == after or not before:
         return "same"
-    sign = "−" if after < before else "+"
-    return sign + _percent(abs(after - before) / before)
+    share = abs(after - before) / before
+    return "about same" if share < 0.0005 else ("−" if after < before else "+") + _percent(share)
 
 
 def _power(x: float) -> str:

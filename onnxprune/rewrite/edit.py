@@ -22,6 +22,8 @@ from onnxprune.model.wire import INLINE_LIMIT
 
 __all__ = ["Change", "Edit"]
 
+LISTED_BEFORE_IR = 4  # initializers had to be listed as graph inputs
+
 
 @dataclass(frozen=True)
 class Change:
@@ -85,6 +87,8 @@ class Edit:
             added.CopyFrom(tensor)
             if make is not None:
                 model.attach(added, Computed(make))
+            if model.proto.ir_version < LISTED_BEFORE_IR:
+                graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
         nodes = [*self.head]
         for k, node in enumerate(self.nodes):
             nodes += [*self.before.get(k, ()), node, *self.after.get(k, ())]

@@ -82,8 +82,12 @@ def allocate(
     *,
     scope: str = "global",
     floor: float = 0.1,
+    overshoot: bool = True,
 ) -> Allocation:
-    """Choose what to keep. scope: 'global' ranks all groups together, 'local' takes the same share of each first."""
+    """Choose what to keep. scope: 'global' ranks all groups together, 'local' takes the same share of each first.
+
+    overshoot: where every block is larger than the gap, take the smallest rather than do nothing in silence.
+    """
     state = _State(groups, cost, step, floor)
     order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
     sums = {gid: np.concatenate([[0.0], np.cumsum(scores[gid][o])]) for gid, o in order.items()}
@@ -91,7 +95,7 @@ def allocate(
     if scope == "local":
         _same_share(state, goal)
     _greedy(state, sums, goal)
-    if state.total >= cost.total({}) * (1 - SLACK):
+    if overshoot and state.total >= cost.total({}) * (1 - SLACK):
         _smallest_step(state)
     keep = {}
     for g in groups:
@@ -158,7 +162,7 @@ def _greedy(state: _State, sums: Mapping[str, np.ndarray], goal: float) -> None:
 
 
 def _smallest_step(state: _State) -> None:
-    """Every block is larger than the gap: take the smallest, rather than do nothing in silence."""
+    """Take the smallest block there is."""
     options = [(state.saving(gid, after), gid, after) for gid in state.groups
                if (after := state.next_count(gid)) is not None]
     options = [o for o in options if o[0] > 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from onnxprune.axes.analysis import Analysis, Group
 from onnxprune.axes.dead import INEXACT
 from onnxprune.axes.expr import Atom
-from onnxprune.errors import NothingPrunable, UsageError
+from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError
 from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
 from onnxprune.select.align import steps
@@ -88,12 +88,16 @@ def choose(
     best: tuple[Allocation, int] | None = None
     block = align
     while True:
-        found = allocate(groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor)
-        if best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999:
+        found = allocate(groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor,
+                         overshoot=block == 1)
+        if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
         if met(found, goal) or block == 1:
             break
         block //= 2
+    if best is None:
+        raise TargetNotReached(f"target {target.text} can't be approached: no group may lose a unit",
+                               "lower --floor, or ask for less")
     allocation, block = best
     outcome = TargetOutcome(target.metric, target.text, goal / total, allocation.remaining / total,
                             met(allocation, goal) or allocation.least <= goal)

@@ -53,7 +53,9 @@ def session(path: Path | str, *, threads: int = 0, optimise: bool = False):  # t
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises types of its own
-        raise ModelRejected(f"onnxruntime can't load the model: {str(error).splitlines()[0][:300]}") from None
+        reason = str(error).splitlines()[0].split(" failed:", 1)[-1]
+        raise ModelRejected(f"onnxruntime can't load the model: {reason[:300]}",
+                            "`onnxprune inspect` works all the same") from None
 
 
 def prove(
@@ -163,8 +165,11 @@ def _other_sizes(graph, first: Mapping[str, int], shapes):  # type: ignore[no-un
                 yield {**first, name: first[name] + change}
 
 
+SMALLEST_SCALE = 1e-2  # outputs below it (a saturated sigmoid) are compared absolutely: float32 sigmoids round at 1e-7
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Largest absolute difference, and the same relative to the largest magnitude of `a`."""
+    """Largest absolute difference, and the same relative to the largest magnitude of `a` (at least SMALLEST_SCALE)."""
     if isinstance(a, (list, dict)) or not isinstance(a, np.ndarray):
         same = _equal_nested(a, b)
         return (0.0, 0.0) if same else (float("inf"), float("inf"))
@@ -181,7 +186,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     worst = float(np.max(np.where(np.isnan(gap), np.inf, gap)))
     finite = np.abs(x[np.isfinite(x)])
     scale = float(finite.max()) if finite.size else 0.0
-    return worst, worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+    return worst, worst / max(scale, SMALLEST_SCALE)
 
 
 def _equal_nested(a: object, b: object) -> bool:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,9 @@ import onnx
 
 from onnxprune.errors import ModelRejected, UsageError
 from onnxprune.model.graph import subgraphs
-from onnxprune.model.load import open_model
+from onnxprune.model.load import load, open_model
 from onnxprune.result import Latency, LatencyStats
+from onnxprune.verify.inputs import Feed, draw, size_candidates
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["OPTIMISATION", "Bench", "bench", "compare", "measure"]
 
 ModelLike = str | os.PathLike[str] | bytes
-Feeds = dict[str, np.ndarray]
 
 OPTIMISATION = {
     "none": "ORT_DISABLE_ALL",
@@ -43,6 +44,7 @@ NCHWC = "com.microsoft.nchwc"  # domain of the blocked-layout kernels that x86 c
 UNKNOWN = -1  # kernel count where the optimised graph could not be written
 
 LEAST_ROUNDS, MOST_ROUNDS = 10, 5000
+SIZE_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,12 @@ def bench(
 
     if optimisation not in OPTIMISATION:
         raise UsageError(f"'{optimisation}' is no graph optimisation level", f"one of {', '.join(OPTIMISATION)}")
+    if threads < 1 or warmup < 0 or not models or (runs is not None and runs < 1):
+        raise UsageError("a benchmark needs a model, a thread and a run at least")
     opened = [_open(model, threads=threads, optimisation=optimisation) for model in models]
     sessions = [session for session, _ in opened]
-    feeds = _feeds(sessions, shapes or {}, seed)
-    names = [_label(model) for model in models]
-    times = _in_turns(sessions, feeds, names, warmup=warmup, runs=runs, seconds=seconds)
+    feeds = _feeds(models, sessions, shapes or {}, seed)
+    times = _in_turns(sessions, feeds, warmup=warmup, runs=runs, seconds=seconds)
     rows = tuple(_stats(t, kernels) for t, (_, kernels) in zip(times, opened, strict=True))
     significant = tuple(_apart(times[0], t) for t in times)
     return Bench(rows, significant, threads, optimisation, f"onnxruntime {onnxruntime.__version__} CPU")
@@ -175,40 +178,66 @@ def _session(model: ModelLike, options: ort.SessionOptions) -> ort.InferenceSess
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base but this one
-        raise ModelRejected(f"onnxruntime can't load {_label(model)}: {_first_line(error)}") from error
+        raise ModelRejected(f"onnxruntime can't load {_label(model)}: {_reason(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """onnxruntime's message on one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _count(nodes: Iterable[onnx.NodeProto]) -> int:
     return sum((node.domain == NCHWC) + sum(_count(body.node) for body in subgraphs(node)) for node in nodes)
 
 
-def _feeds(sessions: Sequence[ort.InferenceSession], shapes: Mapping[str, Sequence[int]], seed: int) -> list[Feeds]:
+def _feeds(
+    models: Sequence[ModelLike],
+    sessions: Sequence[ort.InferenceSession],
+    shapes: Mapping[str, Sequence[int]],
+    seed: int,
+) -> list[Feed]:
     """Inputs per model; models with the same signature get the very same ones."""
-    from onnxprune.verify.inputs import input_sets
-
-    known: dict[Any, Feeds] = {}
-    found: list[Feeds] = []
-    names = {i.name for session in sessions for i in session.get_inputs()}
-    for name in shapes:
-        if name not in names:
-            raise UsageError(f"there is no input '{name}'", f"the inputs are {', '.join(sorted(names))}")
-    for session in sessions:
+    known: dict[Any, Feed] = {}
+    found: list[Feed] = []
+    _check_shapes(sessions, shapes)
+    for model, session in zip(models, sessions, strict=True):
         signature = tuple((i.name, i.type, tuple(i.shape)) for i in session.get_inputs())
         if signature not in known:
-            first = input_sets(session, seed=seed, count=1)[0]
-            known[signature] = {n: np.resize(a, tuple(shapes[n])) if n in shapes else a for n, a in first.items()}
+            known[signature] = _first_that_runs(model, session, shapes, seed)
         found.append(known[signature])
     return found
 
 
+def _check_shapes(sessions: Sequence[ort.InferenceSession], shapes: Mapping[str, Sequence[int]]) -> None:
+    """What the caller fixes must be there. Raises UsageError."""
+    ranks = {i.name: len(i.shape) for session in sessions for i in session.get_inputs()}
+    for name, shape in shapes.items():
+        if name not in ranks:
+            raise UsageError(f"there is no input '{name}'", f"the inputs are {', '.join(sorted(ranks))}")
+        if len(shape) != ranks[name]:
+            raise UsageError(f"input '{name}' has {ranks[name]} dimensions, not {len(shape)}")
+
+
+def _first_that_runs(
+    model: ModelLike, session: ort.InferenceSession, shapes: Mapping[str, Sequence[int]], seed: int
+) -> Feed:
+    """Random inputs of the likeliest sizes that the model accepts, one sample where the batch is free."""
+    graph = load(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
+    reason = "it has no inputs that can be made up"
+    for pins in islice(size_candidates(graph, shapes, batch=(1, 2)), SIZE_TRIES):
+        feed = draw(graph, pins, np.random.default_rng(seed), shapes)
+        try:
+            session.run(None, feed)
+        except Exception as error:  # noqa: BLE001 - onnxruntime's share no base but this one
+            reason = _reason(error)
+        else:
+            return feed
+    raise ModelRejected(f"onnxruntime can't run {_label(model)}: {reason}", "give sizes that fit with --input-shapes")
+
+
 def _in_turns(
     sessions: Sequence[ort.InferenceSession],
-    feeds: Sequence[Feeds],
-    names: Sequence[str],
+    feeds: Sequence[Feed],
     *,
     warmup: int,
     runs: int | None,
@@ -216,13 +245,9 @@ def _in_turns(
 ) -> list[np.ndarray]:
     """Milliseconds of every run, per model."""
     times: list[list[float]] = [[] for _ in sessions]
-    for _ in range(max(warmup, 1)):
-        for session, feed, name in zip(sessions, feeds, names, strict=True):
-            try:
-                session.run(None, feed)
-            except Exception as error:
-                raise ModelRejected(f"onnxruntime can't run {name}: {_first_line(error)}",
-                                    "give sizes that fit with --input-shapes") from error
+    for _ in range(warmup):
+        for session, feed in zip(sessions, feeds, strict=True):
+            session.run(None, feed)
     end = time.perf_counter() + seconds * len(sessions)
     rounds = 0
     while rounds < runs if runs is not None else _go_on(rounds, end):
@@ -239,7 +264,8 @@ def _go_on(rounds: int, end: float) -> bool:
 
 
 def _stats(times: np.ndarray, kernels: int) -> LatencyStats:
-    return LatencyStats(float(times.min()), float(np.median(times)), float(np.percentile(times, 90)), len(times), kernels)
+    median, p90 = np.percentile(times, (50, 90))
+    return LatencyStats(float(times.min()), float(median), float(p90), len(times), kernels)
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> bool:
