@@ -7,6 +7,7 @@
 Each stage is usable by itself: `load` -> `analyse` -> `choose` -> `rewrite` -> `prove`.
 """
 
+from onnxprune._version import __version__
 from onnxprune.axes.analysis import Analysis, Group, Member
 from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import (
@@ -28,17 +29,40 @@ from onnxprune.select.plan import Plan
 from onnxprune.select.target import parse_target
 from onnxprune.verify.equivalence import prove
 
-__version__ = "0.1.0"
-
 __all__ = [
-    "OPERATORS", "Analysis", "Graph", "Group", "Inspection", "Member", "Model", "ModelRejected", "NothingPrunable",
-    "OnnxPruneError", "Operator", "Plan", "Registry", "Result", "TargetNotReached", "UsageError", "Verification",
-    "VerificationFailed", "analyse", "analyse_graph", "choose", "compress", "inspect", "load", "parse_target", "prove",
-    "rewrite", "verify",
+    "OPERATORS",
+    "Analysis",
+    "Graph",
+    "Group",
+    "Inspection",
+    "Member",
+    "Model",
+    "ModelRejected",
+    "NothingPrunable",
+    "OnnxPruneError",
+    "Operator",
+    "Plan",
+    "Registry",
+    "Result",
+    "TargetNotReached",
+    "UsageError",
+    "Verification",
+    "VerificationFailed",
+    "__version__",
+    "analyse",
+    "analyse_graph",
+    "choose",
+    "compress",
+    "inspect",
+    "load",
+    "parse_target",
+    "prove",
+    "rewrite",
+    "verify",
 ]
 
 
-def analyse(model, *, exclude=(), input_shapes=None, registry=OPERATORS) -> Analysis:  # type: ignore[no-untyped-def]
+def analyse(model, *, exclude=(), input_shapes=None, registry=OPERATORS) -> Analysis:
     """Groups, axes, coverage and barriers of a model, given as a path, a ModelProto or a loaded Graph."""
     if isinstance(model, Graph):
         return analyse_graph(model, registry=registry, exclude=exclude)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import click
 
+from onnxprune._version import __version__
 from onnxprune.errors import OnnxPruneError, UsageError
 
 __all__ = ["main"]
@@ -56,7 +57,7 @@ class _Command(click.Command):
             raise
         except BrokenPipeError:  # whoever reads our report has seen enough; the work is done
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except Exception as error:  # noqa: BLE001 - every other one ends in a message and an exit code
+        except Exception as error:
             _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
 
 
@@ -154,14 +155,9 @@ def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
     return value[0]
 
 
-def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            click.echo(f"onnxprune {version('onnxprune')}")
-        except PackageNotFoundError:
-            click.echo("onnxprune (not installed)")
+        click.echo(f"onnxprune {__version__}")
         ctx.exit()
 
 
@@ -169,22 +165,41 @@ def _option(*names: str, **settings: Any) -> Callable[[F], F]:
     return click.option(*names, **settings)
 
 
-_json = _option("--json", "json_to", metavar="FILE|-", is_flag=False, flag_value="-", default=None,
-                help="Write a JSON document; - prints it instead of the table.")
+_json = _option(
+    "--json",
+    "json_to",
+    metavar="FILE|-",
+    is_flag=False,
+    flag_value="-",
+    default=None,
+    help="Write a JSON document; - prints it instead of the table.",
+)
 _verbose = _option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks of errors.")
 _quiet = _option("-q", "--quiet", is_flag=True, help="No table and no progress; warnings and errors only.")
 _seed = _option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
-_exclude = _option("--exclude", multiple=True, metavar="REGEX",
-                   help="Keep initializers and nodes whose name matches. May be repeated.")
-_shapes = _option("--input-shapes", multiple=True, callback=_parse_shapes, metavar="NAME:SIZES",
-                  help="Sizes of an input, as in x:1,3,224,224. May be repeated; the output's dynamic sizes stay.")
-_threads = _option("--threads", type=click.IntRange(min=1), default=1, show_default=True,
-                   help="Threads of onnxruntime when latency is measured.")
+_exclude = _option(
+    "--exclude", multiple=True, metavar="REGEX", help="Keep initializers and nodes whose name matches. May be repeated."
+)
+_shapes = _option(
+    "--input-shapes",
+    multiple=True,
+    callback=_parse_shapes,
+    metavar="NAME:SIZES",
+    help="Sizes of an input, as in x:1,3,224,224. May be repeated; the output's dynamic sizes stay.",
+)
+_threads = _option(
+    "--threads",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads of onnxruntime when latency is measured.",
+)
 
 
-@click.group(cls=_Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"],
-                                                          "max_content_width": 100})
-@_option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.group(
+    cls=_Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@_option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version.")
 def main() -> None:
     """Remove whole channels, heads and neurons from an ONNX model, and prove with onnxruntime that nothing else
     changed."""
@@ -193,18 +208,45 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.argument("out", required=False)
-@_option("--target", required=True, multiple=True, callback=_one_target, metavar="KEY=VALUE",
-         help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G or channels=0.5.")
-@_option("--importance", type=click.Choice(IMPORTANCE), default="l2", show_default=True,
-         help="Which units are worth the least.")
-@_option("--scope", type=click.Choice(("global", "local")), default="global", show_default=True,
-         help="Compare units across the model, or prune every group by the same share.")
-@_option("--floor", type=click.FloatRange(0, 1, max_open=True), default=0.1, show_default=True,
-         help="Least fraction of its units that a group keeps.")
-@_option("--deploy", type=click.Choice(DEPLOYMENTS), default="ort-cpu", show_default=True,
-         help="Where the model will run; decides which channel counts are fast.")
-@_option("--align", type=click.IntRange(min=1), metavar="N",
-         help="Keep multiples of N channels, whatever --deploy says.")
+@_option(
+    "--target",
+    required=True,
+    multiple=True,
+    callback=_one_target,
+    metavar="KEY=VALUE",
+    help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G or channels=0.5.",
+)
+@_option(
+    "--importance",
+    type=click.Choice(IMPORTANCE),
+    default="l2",
+    show_default=True,
+    help="Which units are worth the least.",
+)
+@_option(
+    "--scope",
+    type=click.Choice(("global", "local")),
+    default="global",
+    show_default=True,
+    help="Compare units across the model, or prune every group by the same share.",
+)
+@_option(
+    "--floor",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Least fraction of its units that a group keeps.",
+)
+@_option(
+    "--deploy",
+    type=click.Choice(DEPLOYMENTS),
+    default="ort-cpu",
+    show_default=True,
+    help="Where the model will run; decides which channel counts are fast.",
+)
+@_option(
+    "--align", type=click.IntRange(min=1), metavar="N", help="Keep multiples of N channels, whatever --deploy says."
+)
 @_exclude
 @_option("--allow-inexact", is_flag=True, help="Also prune groups whose removal changes the function.")
 @_shapes
@@ -217,8 +259,17 @@ def main() -> None:
 @_verbose
 @_quiet
 @_seed
-def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, quiet: bool, no_latency: bool,
-             input_shapes: Shapes, **options: Any) -> None:
+def compress(
+    model: str,
+    out: str | None,
+    *,
+    json_to: str | None,
+    verbose: int,
+    quiet: bool,
+    no_latency: bool,
+    input_shapes: Shapes,
+    **options: Any,
+) -> None:
     """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default)."""
     path = Path(model)
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
@@ -228,10 +279,17 @@ def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, 
     from onnxprune.report.terminal import compress_report
 
     with _Progress(quiet=quiet) as progress:
-        result = pipeline.compress(model, None if options["dry_run"] else output, latency=not no_latency,
-                                   input_shapes=input_shapes or None, progress=progress, **options)
-    _deliver(json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0),
-             quiet=quiet)
+        result = pipeline.compress(
+            model,
+            None if options["dry_run"] else output,
+            latency=not no_latency,
+            input_shapes=input_shapes or None,
+            progress=progress,
+            **options,
+        )
+    _deliver(
+        json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0), quiet=quiet
+    )
     for warning in result.warnings:
         _say(f"warning: {warning}", err=True)
 
@@ -242,8 +300,7 @@ def compress(model: str, out: str | None, *, json_to: str | None, verbose: int, 
 @_shapes
 @_json
 @_verbose
-def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes,
-            json_to: str | None, verbose: int) -> None:
+def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes, json_to: str | None, verbose: int) -> None:
     """Show what is prunable in MODEL, and what stands in the way of the rest."""
     _check_json(json_to, Path(model))
     from onnxprune import pipeline
@@ -252,8 +309,11 @@ def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes,
 
     found = pipeline.inspect(model, exclude=exclude, input_shapes=input_shapes or None)
     timing = {"load_s": found.load_s, "analyse_s": found.analyse_s}
-    _deliver(json_to, lambda: inspect_document(found.summary, found.analysis, timing=timing),
-             lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0))
+    _deliver(
+        json_to,
+        lambda: inspect_document(found.summary, found.analysis, timing=timing),
+        lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0),
+    )
 
 
 @main.command()
@@ -263,8 +323,7 @@ def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes,
 @_json
 @_verbose
 @_seed
-def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | None, verbose: int,
-           seed: int) -> None:
+def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | None, verbose: int, seed: int) -> None:
     """Prove that PRUNED equals ORIGINAL with the removed units masked."""
     _check_json(json_to, Path(original), Path(pruned))
     from onnxprune import pipeline
@@ -279,16 +338,19 @@ def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | N
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @_threads
 @_option("--runs", type=click.IntRange(min=1), help="Rounds, instead of a time.")
-@_option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
-         help="Time per model.")
-@_option("--optimisation", type=click.Choice(OPTIMISATION), default="all", show_default=True,
-         help="Graph optimisation level of onnxruntime.")
+@_option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True, help="Time per model.")
+@_option(
+    "--optimisation",
+    type=click.Choice(OPTIMISATION),
+    default="all",
+    show_default=True,
+    help="Graph optimisation level of onnxruntime.",
+)
 @_shapes
 @_json
 @_verbose
 @_seed
-def bench(models: tuple[str, ...], *, input_shapes: Shapes, json_to: str | None,
-          verbose: int, **options: Any) -> None:
+def bench(models: tuple[str, ...], *, input_shapes: Shapes, json_to: str | None, verbose: int, **options: Any) -> None:
     """Measure the latency of models in turns, and compare each with the first."""
     _check_json(json_to, *map(Path, models))
     from onnxprune.report.document import bench_document
@@ -324,8 +386,9 @@ def _check_writable(path: Path) -> None:
         raise UsageError(f"{path} can't be written: {error.strerror}", f"is {path.parent} a writable folder?") from None
 
 
-def _deliver(json_to: str | None, document: Callable[[], Mapping[str, Any]], report: Callable[[], str], *,
-             quiet: bool = False) -> None:
+def _deliver(
+    json_to: str | None, document: Callable[[], Mapping[str, Any]], report: Callable[[], str], *, quiet: bool = False
+) -> None:
     """JSON to where it is wanted; the report to stdout, unless the JSON goes there."""
     if json_to is not None:
         from onnxprune.report.document import to_json

@@ -13,7 +13,7 @@ import onnx
 
 from onnxprune.axes.analysis import Analysis, analyse
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
-from onnxprune.model.graph import Graph, Model
+from onnxprune.model.graph import Graph
 from onnxprune.model.infer import infer
 from onnxprune.model.load import load, open_model
 from onnxprune.model.profile import costs, summary
@@ -27,7 +27,7 @@ from onnxprune.select.choose import Choice, choose
 from onnxprune.select.importance import Criterion
 from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_pins
 from onnxprune.select.target import parse_target
-from onnxprune.verify.equivalence import prove, session
+from onnxprune.verify.equivalence import prove
 
 __all__ = ["Inspection", "compress", "inspect", "verify"]
 
@@ -111,15 +111,31 @@ def compress(
     clock.start("select")
     name = Path(graph.model.source).name or "model"
     before = summary(graph.model, name, costs(analysis))
-    choice = choose(analysis, goal, importance=importance, scope=scope, floor=floor, align=block,
-                    allow_inexact=allow_inexact, seed=seed)
-    result = Result(before, None, choice.outcome, choice.plan, analysis, align=choice.align,
-                    warnings=_warnings(graph, choice, block))
+    choice = choose(
+        analysis,
+        goal,
+        importance=importance,
+        scope=scope,
+        floor=floor,
+        align=block,
+        allow_inexact=allow_inexact,
+        seed=seed,
+    )
+    result = Result(
+        before,
+        None,
+        choice.outcome,
+        choice.plan,
+        analysis,
+        align=choice.align,
+        warnings=_warnings(graph, choice, block),
+    )
     if not choice.outcome.met and not best_effort:
         raise TargetNotReached(
             f"target {goal.text} can't be reached: at most {1 - choice.least:.1%} of {goal.metric} can go, "
             f"which leaves {choice.least:.1%}",
-            "ask for less, or write the closest model with --best-effort")
+            "ask for less, or write the closest model with --best-effort",
+        )
     if dry_run:
         result.timing = clock.stop()
         return result
@@ -131,8 +147,11 @@ def compress(
         clock.start("verify")
         result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes)
         smaller = infer(open_model(path), registry, _pins(graph))
-        result.after = summary(smaller.model, destination.name if destination else f"{name} (pruned)",
-                               costs(analyse(smaller, registry=registry)))
+        result.after = summary(
+            smaller.model,
+            destination.name if destination else f"{name} (pruned)",
+            costs(analyse(smaller, registry=registry)),
+        )
         if latency:
             clock.start("latency")
             result.latency = _latency(graph, path, threads, input_shapes, seed)
@@ -178,15 +197,18 @@ def verify(
     small = open_model(pruned)
     text = next((p.value for p in small.proto.metadata_props if p.key == METADATA_KEY), None)
     if text is None:
-        raise ModelRejected(f"{pruned} holds no plan: it was not written by onnxprune",
-                            "`onnxprune verify ORIGINAL PRUNED`, in this order")
+        raise ModelRejected(
+            f"{pruned} holds no plan: it was not written by onnxprune",
+            "`onnxprune verify ORIGINAL PRUNED`, in this order",
+        )
     graph = load(original, registry=registry, pins=stored_pins(text))
     analysis = analyse(graph, registry=registry)
     return prove(analysis, plan_from_text(text, analysis), Path(pruned), seed=seed, shapes=input_shapes)
 
 
-def _load(model: str | os.PathLike[str] | onnx.ModelProto, registry: Mapping[str, Operator],
-          shapes: Shapes | None) -> Graph:
+def _load(
+    model: str | os.PathLike[str] | onnx.ModelProto, registry: Mapping[str, Operator], shapes: Shapes | None
+) -> Graph:
     opened = open_model(model)
     if not shapes:
         return infer(opened, registry)
@@ -195,8 +217,10 @@ def _load(model: str | os.PathLike[str] | onnx.ModelProto, registry: Mapping[str
     first = infer(opened, registry)
     unknown = set(shapes) - set(first.inputs)
     if unknown:
-        raise UsageError(f"--input-shapes names '{sorted(unknown)[0]}', which is no input",
-                         f"the inputs are {', '.join(first.inputs)}")
+        raise UsageError(
+            f"--input-shapes names '{sorted(unknown)[0]}', which is no input",
+            f"the inputs are {', '.join(first.inputs)}",
+        )
     return infer(opened, registry, pins_of(first, shapes))
 
 
@@ -221,8 +245,10 @@ def _free(path: Path, model: object, force: bool) -> Path:
 def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
     found = []
     if choice.align != block:
-        found.append(f"whole blocks of {block} channels don't reach the target: blocks of {choice.align} were used, "
-                     "which may run slower")
+        found.append(
+            f"whole blocks of {block} channels don't reach the target: blocks of {choice.align} were used, "
+            "which may run slower"
+        )
     if graph.problems:
         found.append(f"{len(graph.problems)} nodes whose shapes could not be inferred, such as {graph.problems[0]}")
     return found
@@ -234,6 +260,3 @@ def _latency(graph: Graph, pruned: Path, threads: int, shapes: Shapes | None, se
     if not graph.model.source:
         return None
     return compare(graph.model.source, pruned, threads=threads, shapes=shapes, seed=seed)
-
-
-_ = (Model, session)

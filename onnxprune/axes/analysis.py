@@ -11,13 +11,27 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import NamedTuple
 
-import numpy as np
 from onnx import TensorProto
 
-from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, PRODUCES, Role, Use, Verdicts, interpret, roles_of
-from onnxprune.axes.expr import Atom, Barrier, Expr, Product, Sum, atoms, equal, freeze, is_frozen, resolve, show
+from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, PRODUCES, Role, Use, Verdicts, consumed, interpret
+from onnxprune.axes.expr import (
+    Atom,
+    Barrier,
+    Expr,
+    Product,
+    Solution,
+    Sum,
+    atoms,
+    equal,
+    freeze,
+    is_frozen,
+    resolve,
+    show,
+)
 from onnxprune.errors import UsageError
 from onnxprune.model.graph import Graph, Node
 from onnxprune.ops import OPERATORS
@@ -31,8 +45,7 @@ OUTPUT = -1  # stands for the node index where a parameter is a graph output
 TIED_FROM = 2  # rank from which a shared parameter is one tensor and not several equal ones
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One axis of a parameter, at one of its uses, and what it does to the group's units.
 
     zeroed: the unit's slice is zero in the masked original (false for variances, divisors and scales).
@@ -128,9 +141,7 @@ class Analysis:
         return ", ".join(show(e, self._names) for e in found)
 
 
-def analyse(
-    graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclude: Sequence[str] = ()
-) -> Analysis:
+def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclude: Sequence[str] = ()) -> Analysis:
     """Find every zero-invariant group of a graph.
 
     exclude: regular expressions; initializers and nodes whose name matches keep all of their units.
@@ -141,12 +152,26 @@ def analyse(
     walk.run()
     walk.exclude(exclude)
     walk.tie()
-    verdicts = interpret(graph, registry, walk.axes, walk.uses, walk.contractions)
-    groups = _groups(walk, verdicts)
+    solution = walk.solve()
+    verdicts = interpret(graph, registry, walk.axes, walk.uses, walk.contractions, solution)
+    groups = _groups(walk, verdicts, solution)
     coverage, barriers, covered = _coverage(walk, groups)
     names = {g.atom: g.id for g in groups}
-    analysis = Analysis(graph, registry, walk.axes, walk.uses, groups, barriers, coverage, verdicts,
-                        walk.contractions, walk.noted, arithmetic=walk.arithmetic, covered=covered, _names=names)
+    analysis = Analysis(
+        graph,
+        registry,
+        walk.axes,
+        walk.uses,
+        groups,
+        barriers,
+        coverage,
+        verdicts,
+        walk.contractions,
+        walk.noted,
+        arithmetic=walk.arithmetic,
+        covered=covered,
+        _names=names,
+    )
     analysis.seconds = time.perf_counter() - start
     return analysis
 
@@ -204,7 +229,6 @@ class _Walk:
             return
         barrier = Barrier(node.label, node.op, "axes do not line up")
         operator = self.registry.get(node.op)
-        inputs = [self.input_axes(node, i, name) for i, name in enumerate(node.inputs)]
         if self.is_shape_arithmetic(node):
             self.arithmetic.add(node.index)
             sizes = Barrier(node.label, node.op, "sizes and positions")
@@ -214,13 +238,20 @@ class _Walk:
             for name in node.outputs:
                 self.whole(name, sizes)
             return
+        inputs = [self.input_axes(node, i, name) for i, name in enumerate(node.inputs)]
         if operator is None or operator.axes is None or node.captured:
             why = "a control-flow body" if node.captured else f"{node.op} is not understood"
             barrier = Barrier(node.label, node.op, why)
             self.stop(node, inputs, barrier)
             return
-        context = AxisContext(node, barrier, inputs, [graph.values.get(n) if n else None for n in node.inputs],
-                              [graph.shapes.get(n) for n in node.outputs], shape_only=self.shape_only(node))
+        context = AxisContext(
+            node,
+            barrier,
+            inputs,
+            [graph.values.get(n) if n else None for n in node.inputs],
+            [graph.shapes.get(n) for n in node.outputs],
+            shape_only=self.shape_only(node),
+        )
         try:
             operator.axes(context)
         except GiveUp as reason:
@@ -254,9 +285,11 @@ class _Walk:
     def is_shape_arithmetic(self, node: Node) -> bool:
         """Sizes and positions, all known: nothing in them is a channel."""
         values, shapes = self.graph.values, self.graph.types
-        return bool(node.outputs) and all(
-            n in values and shapes.get(n) in (6, 7, 9) and values[n].ndim < 2 for n in node.outputs if n
-        ) and all(values[n].ndim < 2 for n in node.inputs if n in values)
+        return (
+            bool(node.outputs)
+            and all(n in values and shapes.get(n) in (6, 7, 9) and values[n].ndim < 2 for n in node.outputs if n)
+            and all(values[n].ndim < 2 for n in node.inputs if n in values)
+        )
 
     def stop(self, node: Node, inputs: Sequence[tuple[Expr, ...] | None], barrier: Barrier) -> None:
         """Freeze all that a node touches."""
@@ -316,13 +349,14 @@ class _Walk:
                         freeze(expr, Barrier(node.label, node.op, f"excluded by '{pattern}'"))
             hit |= any(matches(n.proto.name) for n in self.graph.nodes if n.proto.name)
             if not hit:
-                raise UsageError(f"--exclude '{pattern}' matches no initializer and no node",
-                                 "`onnxprune inspect` lists the names")
+                raise UsageError(
+                    f"--exclude '{pattern}' matches no initializer and no node", "`onnxprune inspect` lists the names"
+                )
 
     def tie(self) -> None:
         """One matrix at several uses stays one matrix, unless a use can be pruned where another can't."""
         by_name: dict[str, list[Use]] = {}
-        for (n, i) in self.uses:
+        for n, i in self.uses:
             if i >= 0 and n != OUTPUT:
                 by_name.setdefault(self.graph.nodes[n].inputs[i], []).append((n, i))
         for name, uses in by_name.items():
@@ -335,8 +369,17 @@ class _Walk:
                     for a, b in pairs:
                         equal(a, b, Barrier(name, "initializer", f"'{name}' is used in several places"))
 
+    def solve(self) -> Solution:
+        """No equation is stated any more: put every axis into its canonical form."""
+        solution = Solution()
+        of = solution.of
+        self.axes = {name: tuple(map(of, axes)) for name, axes in self.axes.items()}
+        self.uses = {use: tuple(map(of, axes)) for use, axes in self.uses.items()}
+        self.contractions = {n: [replace(c, over=of(c.over)) for c in found] for n, found in self.contractions.items()}
+        return solution
 
-def _groups(walk: _Walk, verdicts: Verdicts) -> tuple[Group, ...]:
+
+def _groups(walk: _Walk, verdicts: Verdicts, solution: Solution) -> tuple[Group, ...]:
     graph = walk.graph
     members: dict[Atom, list[Member]] = {}
     params: dict[Atom, int] = {}
@@ -347,11 +390,13 @@ def _groups(walk: _Walk, verdicts: Verdicts) -> tuple[Group, ...]:
         operator = walk.registry.get(node.op)
         name = node.inputs[i]
         for k, expr in enumerate(axes):
-            for atom in dict.fromkeys(atoms(expr)):
-                if atom.barrier is not None or atom.size < 2:
-                    continue
-                assert operator is not None
-                role = roles_of(node, operator, walk.contractions.get(n, ()), i, k, atom)
+            free = solution.free(expr)
+            if not free:
+                continue
+            assert operator is not None
+            gone = consumed(walk.contractions.get(n, ()), i, k, solution)
+            for atom in dict.fromkeys(a for a in atoms(expr) if a in free):
+                role = FOLLOWS if i in operator.keeps else CONSUMES if atom in gone else PRODUCES
                 members.setdefault(atom, []).append(Member(name, (n, i), k, role))
     groups: list[Group] = []
     for atom, found in members.items():
@@ -370,33 +415,36 @@ def _uncovered(expr: Expr, covered: set[Atom]) -> float:
     if isinstance(expr, Atom):
         return 0.0 if expr in covered else 1.0
     if isinstance(expr, Product):
-        return float(np.prod([_uncovered(f, covered) for f in expr.factors]))
+        return prod(_uncovered(f, covered) for f in expr.factors)
     assert isinstance(expr, Sum)
     return sum(p.size * _uncovered(p, covered) for p in expr.parts) / max(expr.size, 1)
 
 
-def _coverage(
-    walk: _Walk, groups: Sequence[Group]
-) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
+def _blame(axes: Sequence[Expr]) -> Barrier | None:
+    """The barrier to name for a parameter's frozen part: the first that isn't there by nature."""
+    found = [a.barrier for e in axes for a in atoms(e) if a.barrier is not None]
+    return next((b for b in found if b.reason not in _WEAK), found[0] if found else None)
+
+
+def _coverage(walk: _Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
     graph = walk.graph
     covered = {g.atom for g in groups}
     exact = {g.atom for g in groups if g.kind != "inexact"}
     best: dict[str, tuple[float, float, Barrier | None]] = {}
     for use, axes in walk.uses.items():
         name = parameter_of(graph, use)
-        left = float(np.prod([_uncovered(e, covered) for e in axes])) if axes else 1.0
-        left_exact = float(np.prod([_uncovered(e, exact) for e in axes])) if axes else 1.0
-        barrier = next((a.barrier for e in axes for a in atoms(e) if a.barrier is not None
-                        and a.barrier.reason not in _WEAK), None)
-        if barrier is None:
-            barrier = next((a.barrier for e in axes for a in atoms(e) if a.barrier is not None), None)
+        if graph.parameters[name].elem_type in NO_PARAMETERS:
+            continue
+        left = prod(_uncovered(e, covered) for e in axes)
+        left_exact = left if exact == covered else prod(_uncovered(e, exact) for e in axes)
+        barrier = _blame(axes) if left > 0 else None
         known = best.get(name)
         if known is None or left < known[0]:
             best[name] = (left, min(left_exact, known[1] if known else 1.0), barrier)
     total = prunable = exactly = 0.0
     costs: dict[Barrier, float] = {}
     for name, parameter in graph.parameters.items():
-        if name not in best or parameter.elem_type in NO_PARAMETERS:  # nothing reads it, or it holds positions
+        if name not in best:  # nothing reads it, or it holds positions
             continue
         left, left_exact, barrier = best[name]
         total += parameter.size
@@ -412,6 +460,10 @@ def _coverage(
 
 NO_PARAMETERS = frozenset({TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING})
 _POSITIONS = NO_PARAMETERS | {TensorProto.INT32}
-_WEAK = {"a kernel's extent", "not a channel axis", "the directions of a recurrent cell", "the gates of a recurrent cell",
-         "a spatial axis"}
-_ = (CONSUMES,)
+_WEAK = {
+    "a kernel's extent",
+    "not a channel axis",
+    "the directions of a recurrent cell",
+    "the gates of a recurrent cell",
+    "a spatial axis",
+}

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxprune.axes.expr import Atom, Expr, atoms
+from onnxprune.axes.expr import Atom, Expr, Solution
 from onnxprune.model.graph import Graph, Node
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import Contraction, Kind
 
-__all__ = ["COMPENSATED", "EXACT", "INEXACT", "Role", "Verdicts", "interpret", "roles_of"]
+__all__ = ["COMPENSATED", "EXACT", "INEXACT", "Role", "Verdicts", "consumed", "interpret"]
 
 EXACT, COMPENSATED, INEXACT = "exact", "compensated", "inexact"
 _ORDER = {EXACT: 0, COMPENSATED: 1, INEXACT: 2}
@@ -26,6 +26,8 @@ _ORDER = {EXACT: 0, COMPENSATED: 1, INEXACT: 2}
 Use = tuple[int, int]  # node index, input index
 Role = str  # 'produces', 'consumes' or 'follows'
 PRODUCES, CONSUMES, FOLLOWS = "produces", "consumes", "follows"
+NONE: frozenset[Atom] = frozenset()
+FEW = 8  # inputs of a concatenation, up to which all are asked
 
 
 @dataclass
@@ -43,21 +45,10 @@ class Verdicts:
             self.reason[atom] = reason
 
 
-def free_atoms(axes: Sequence[Expr]) -> list[set[Atom]]:
-    """Free atoms of every axis."""
-    return [{a for a in atoms(e) if a.barrier is None and a.size > 1} for e in axes]
-
-
-def roles_of(
-    node: Node, operator: Operator, contractions: Sequence[Contraction], i: int, axis: int, atom: Atom
-) -> Role:
-    """What a parameter at input i does to an atom on one of its axes."""
-    if i in operator.keeps:
-        return FOLLOWS
-    for contraction in contractions:
-        if not contraction.through and (i, axis) in contraction.operands and atom in set(atoms(contraction.over)):
-            return CONSUMES
-    return PRODUCES
+def consumed(contractions: Sequence[Contraction], i: int, axis: int, solution: Solution) -> frozenset[Atom]:
+    """The atoms that disappear at a node, on one axis of one of its inputs."""
+    gone = [solution.free(c.over) for c in contractions if not c.through and (i, axis) in c.operands]
+    return frozenset().union(*gone) if gone else NONE
 
 
 def interpret(
@@ -66,131 +57,127 @@ def interpret(
     axes: Mapping[str, tuple[Expr, ...]],
     uses: Mapping[Use, tuple[Expr, ...]],
     contractions: Mapping[int, Sequence[Contraction]],
+    solution: Solution,
 ) -> Verdicts:
     """Run all atoms through the graph at once."""
-    states: dict[str, dict[Atom, float | None]] = {}
-    origin: dict[Atom, str] = {}
-    verdicts = Verdicts()
-    carried: dict[str, set[Atom]] = {}
+    run = _Interpreter(graph, registry, axes, uses, contractions, solution)
     for node in graph.nodes:
-        operator = registry.get(node.op)
-        inside = contractions.get(node.index, ())
+        run.visit(node)
+    return run.verdicts
+
+
+class _Interpreter:
+    """states: per tensor and atom, the value of a dead unit's slice (None: unknown). origin: where an atom's units
+    first became unknown, for the reason that the user gets."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        registry: Mapping[str, Operator],
+        axes: Mapping[str, tuple[Expr, ...]],
+        uses: Mapping[Use, tuple[Expr, ...]],
+        contractions: Mapping[int, Sequence[Contraction]],
+        solution: Solution,
+    ) -> None:
+        self.graph = graph
+        self.registry = registry
+        self.axes = axes
+        self.uses = uses
+        self.contractions = contractions
+        self.solution = solution
+        self.states: dict[str, dict[Atom, float | None]] = {}
+        self.origin: dict[Atom, str] = {}
+        self.verdicts = Verdicts()
+
+    def visit(self, node: Node) -> None:
         made: dict[Atom, list[str]] = {}
         for name in node.outputs:
-            if name in axes:
-                found = carried[name] = set().union(*free_atoms(axes[name])) if axes[name] else set()
-                for atom in found:
-                    made.setdefault(atom, []).append(name)
-        touched = _touched(node, axes, uses) if made or inside else []
+            for expr in self.axes.get(name, ()):
+                for atom in self.solution.free(expr):
+                    names = made.setdefault(atom, [])
+                    if not names or names[-1] is not name:
+                        names.append(name)
+        if made:
+            self.propagate(node, made)
+        for contraction in self.contractions.get(node.index, ()):
+            self.judge(node, contraction)
+
+    def propagate(self, node: Node, made: Mapping[Atom, Sequence[str]]) -> None:
+        operator = self.registry.get(node.op)
+        carriers = self.carriers(node)
+        absent = self.absent(node, operator)
         for atom, names in made.items():
-            state = _after(graph, node, operator, inside, touched, states, atom)
+            inputs = carriers.get(atom, ())
+            state: float | None = None
+            states = absent
+            if operator is not None and operator.dead is not None:
+                if operator.joins and len(inputs) == 1 and len(absent) > FEW:
+                    states = [self.state(node, operator, inputs[0], atom)]
+                    state = states[0]
+                else:
+                    states = list(absent)
+                    for i in inputs:
+                        states[i] = self.state(node, operator, i, atom)
+                    state = operator.dead(node, states)
             for name in names:
-                states.setdefault(name, {})[atom] = state
-            if state is None and atom not in origin and any(
-                    s is not None for s in _inputs(graph, node, operator, inside, touched, states, atom)[0]):
-                origin[atom] = f"{node.op} {node.label}"
-        for contraction in inside:
-            _judge(graph, node, operator, contraction, touched, states, origin, verdicts, uses)
-    return verdicts
+                self.states.setdefault(name, {})[atom] = state
+            if state is None and atom not in self.origin and any(s is not None and s == s for s in states):
+                self.origin[atom] = f"{node.op} {node.label}"
 
+    def carriers(self, node: Node) -> dict[Atom, list[int]]:
+        """Inputs that carry an atom on an axis that does not disappear."""
+        inside = self.contractions.get(node.index, ())
+        found: dict[Atom, list[int]] = {}
+        for i, name in enumerate(node.inputs):
+            for k, expr in enumerate(self.uses.get((node.index, i)) or self.axes.get(name, ())):
+                free = self.solution.free(expr)
+                gone = consumed(inside, i, k, self.solution) if inside and free else NONE
+                for atom in free:
+                    inputs = found.setdefault(atom, [])
+                    if atom not in gone and (not inputs or inputs[-1] != i):
+                        inputs.append(i)
+        return found
 
-Touched = list[tuple[int, list[set[Atom]]]]
-
-
-def _touched(node: Node, axes: Mapping[str, tuple[Expr, ...]], uses: Mapping[Use, tuple[Expr, ...]]) -> Touched:
-    found: Touched = []
-    for i, name in enumerate(node.inputs):
-        at = uses.get((node.index, i)) or axes.get(name)
-        if at:
-            per_axis = free_atoms(at)
-            if any(per_axis):
-                found.append((i, per_axis))
-    return found
-
-
-def _inputs(
-    graph: Graph, node: Node, operator: Operator | None, inside: Sequence[Contraction], touched: Touched,
-    states: Mapping[str, Mapping[Atom, float | None]], atom: Atom,
-) -> tuple[list[float | None], bool]:
-    """State of the unit in each input, at axes that pass through; and whether any input carries it there."""
-    found: list[float | None] = []
-    carriers = dict(touched)
-    any_carrier = False
-    for i, name in enumerate(node.inputs):
-        per_axis = carriers.get(i)
-        through = per_axis is not None and any(
-            atom in s and not _contracted(inside, i, k, atom) for k, s in enumerate(per_axis))
-        if through:
-            any_carrier = True
-            if name in graph.parameters:
-                found.append(None if operator is None or i in operator.keeps else 0.0)
-            else:
-                found.append(states.get(name, {}).get(atom))
-        elif operator is not None and operator.joins and per_axis is None:
-            found.append(math.nan if i == 0 or not _known_scalar(graph, name) else _uniform(graph, name))
-        elif operator is not None and operator.joins:
-            found.append(math.nan)
-        else:
-            found.append(_uniform(graph, name))
-    return found, any_carrier
-
-
-def _contracted(inside: Sequence[Contraction], i: int, axis: int, atom: Atom) -> bool:
-    return any(not c.through and (i, axis) in c.operands and atom in set(atoms(c.over)) for c in inside)
-
-
-def _known_scalar(graph: Graph, name: str) -> bool:
-    value = graph.values.get(name)
-    return value is not None and value.size == 1
-
-
-def _uniform(graph: Graph, name: str) -> float | None:
-    """The value of an input that doesn't carry the unit, where all its elements are the same."""
-    value = graph.values.get(name) if name else None
-    if value is None or value.size == 0 or value.dtype.kind not in "iufb":
-        return None
-    first = value.reshape(-1)[0]
-    return float(first) if np.all(value == first) else None
-
-
-def _after(
-    graph: Graph, node: Node, operator: Operator | None, inside: Sequence[Contraction], touched: Touched,
-    states: Mapping[str, Mapping[Atom, float | None]], atom: Atom,
-) -> float | None:
-    if operator is None or operator.dead is None:
-        return None
-    found, _ = _inputs(graph, node, operator, inside, touched, states, atom)
-    return operator.dead(node, found)
-
-
-def _judge(
-    graph: Graph, node: Node, operator: Operator | None, contraction: Contraction, touched: Touched,
-    states: Mapping[str, Mapping[Atom, float | None]], origin: Mapping[Atom, str], verdicts: Verdicts,
-    uses: Mapping[Use, tuple[Expr, ...]],
-) -> None:
-    """What removing a unit does where its axis is contracted."""
-    for atom in set(atoms(contraction.over)):
-        if atom.barrier is not None or atom.size < 2:
-            continue
+    def absent(self, node: Node, operator: Operator | None) -> list[float | None]:
+        """State of inputs that don't carry a unit: their value where it is one number, unknown otherwise; and no say
+        at all for the tensors that a concatenation joins."""
         found: list[float | None] = []
-        for i, _ in contraction.operands:
-            name = node.inputs[i]
-            if name in graph.parameters:
-                found.append(None)
-            else:
-                found.append(states.get(name, {}).get(atom))
+        for i, name in enumerate(node.inputs):
+            value = self.graph.values.get(name)
+            joined = operator is not None and operator.joins and (i == 0 or value is None or value.size != 1)
+            found.append(math.nan if joined else self.uniform(value))
+        return found
+
+    @staticmethod
+    def uniform(value: np.ndarray | None) -> float | None:
+        if value is None or value.size == 0 or value.dtype.kind not in "iufb":
+            return None
+        first = value.reshape(-1)[0]
+        return float(first) if value.size == 1 or np.all(value == first) else None
+
+    def state(self, node: Node, operator: Operator, i: int, atom: Atom) -> float | None:
+        """A unit's value at an input: zero in parameters that produce it."""
+        if node.inputs[i] in self.graph.parameters:
+            return None if i in operator.keeps else 0.0
+        return self.states.get(node.inputs[i], {}).get(atom)
+
+    def judge(self, node: Node, contraction: Contraction) -> None:
+        """What removing a unit does where its axis is contracted."""
         where = f"{node.op} {node.label}"
+        names = [node.inputs[i] for i, _ in contraction.operands]
         if contraction.kind is Kind.STATE:
-            found = [states.get(name, {}).get(atom) for name in node.outputs[:1] if name] or [0.0]
-        only_parameters = all(node.inputs[i] in graph.parameters for i, _ in contraction.operands)
-        if contraction.kind in (Kind.NORM, Kind.EXTREME):
-            verdicts.add(atom, INEXACT, f"{where} takes a {contraction.kind.value} over it")
-        elif any(s == 0 for s in found) or (only_parameters and contraction.kind is not Kind.STATE):
-            verdicts.add(atom, COMPENSATED if contraction.kind in (Kind.MEAN, Kind.RMS) else EXACT,
-                         f"{where} is rescaled" if contraction.kind in (Kind.MEAN, Kind.RMS) else "")
-        elif contraction.fold and found[0] is not None and node.inputs[contraction.operands[1][0]] in graph.parameters:
-            verdicts.add(atom, COMPENSATED, f"its constant is folded into the bias of {where}")
-            verdicts.constants[node.index, atom] = found[0]
-        else:
-            since = f", since {origin[atom]}" if atom in origin else ""
-            verdicts.add(atom, INEXACT, f"{where} sees a unit that does not vanish{since}")
+            names = [n for n in node.outputs if n][:1]
+        only_parameters = all(n in self.graph.parameters for n in names)
+        rescaled = contraction.kind in (Kind.MEAN, Kind.RMS)
+        for atom in self.solution.free(contraction.over):
+            found = [self.states.get(n, {}).get(atom) for n in names]
+            if contraction.kind in (Kind.NORM, Kind.EXTREME):
+                self.verdicts.add(atom, INEXACT, f"{where} takes a {contraction.kind.value} over it")
+            elif only_parameters or any(s == 0 for s in found):
+                self.verdicts.add(atom, COMPENSATED if rescaled else EXACT, f"{where} is rescaled" if rescaled else "")
+            elif contraction.fold and found[0] is not None and names[1] in self.graph.parameters:
+                self.verdicts.add(atom, COMPENSATED, f"its constant is folded into the bias of {where}")
+                self.verdicts.constants[node.index, atom] = found[0]
+            else:
+                since = f", since {self.origin[atom]}" if atom in self.origin else ""
+                self.verdicts.add(atom, INEXACT, f"{where} sees a unit that does not vanish{since}")

@@ -19,8 +19,26 @@ from math import prod
 
 import numpy as np
 
-__all__ = ["Atom", "Barrier", "Expr", "Product", "Sum", "atoms", "cut", "equal", "freeze", "is_frozen", "kept",
-           "product", "resolve", "show", "size", "split", "sum_of"]
+__all__ = [
+    "Atom",
+    "Barrier",
+    "Expr",
+    "Product",
+    "Solution",
+    "Sum",
+    "atoms",
+    "cut",
+    "equal",
+    "freeze",
+    "is_frozen",
+    "kept",
+    "product",
+    "resolve",
+    "show",
+    "split",
+    "stretches",
+    "sum_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +71,7 @@ class Product:
 
     def __init__(self, factors: tuple[Expr, ...]) -> None:
         self.factors = factors
-        self.size = prod(f.size for f in factors)
+        self.size: int = prod(f.size for f in factors)
 
     def __repr__(self) -> str:
         return show(self)
@@ -66,18 +84,13 @@ class Sum:
 
     def __init__(self, parts: tuple[Expr, ...]) -> None:
         self.parts = parts
-        self.size = sum(p.size for p in parts)
+        self.size: int = sum(p.size for p in parts)
 
     def __repr__(self) -> str:
         return show(self)
 
 
 Expr = Atom | Product | Sum
-
-
-def size(expr: Expr) -> int:
-    """Number of indices of the unpruned axis."""
-    return expr.size
 
 
 def resolve(expr: Expr) -> Expr:
@@ -105,7 +118,7 @@ def _rebuild(expr: Product | Sum, children: tuple[Expr, ...], kind: type[Product
             changed = True
         elif type(root) is kind:
             changed = True
-            inner = root.factors if isinstance(root, Product) else root.parts  # type: ignore[union-attr]
+            inner = root.factors if isinstance(root, Product) else root.parts
             for item in inner:
                 _append(flat, item, kind)
         else:
@@ -140,12 +153,41 @@ def sum_of(*parts: Expr) -> Expr:
 
 def atoms(expr: Expr) -> Iterator[Atom]:
     """Root atoms of an expression, left to right, with repetitions."""
-    expr = resolve(expr)
-    if isinstance(expr, Atom):
-        yield expr
-    else:
-        for child in expr.factors if isinstance(expr, Product) else expr.parts:
-            yield from atoms(child)
+    stack = [resolve(expr)]
+    while stack:
+        top = stack.pop()
+        if isinstance(top, Atom):
+            yield top
+        else:
+            stack.extend(reversed(top.factors if isinstance(top, Product) else top.parts))
+
+
+class Solution:
+    """The expressions after the last equation was stated: canonical forms and free atoms, each found out once."""
+
+    def __init__(self) -> None:
+        self._roots: dict[Expr, Expr] = {}
+        self._free: dict[Expr, frozenset[Atom]] = {}
+
+    def of(self, expr: Expr) -> Expr:
+        """The canonical form."""
+        root = self._roots.get(expr)
+        if root is None:
+            root = self._roots[expr] = resolve(expr)
+            self._roots[root] = root
+        return root
+
+    def free(self, expr: Expr) -> frozenset[Atom]:
+        """The atoms that may lose units: not frozen, and of more than one unit."""
+        found = self._free.get(expr)
+        if found is None:
+            root = self.of(expr)
+            found = self._free.get(root)
+            if found is None:
+                found = frozenset(a for a in atoms(root) if a.barrier is None and a.size > 1)
+                self._free[root] = found
+            self._free[expr] = found
+        return found
 
 
 def is_frozen(expr: Expr) -> bool:
@@ -290,7 +332,7 @@ def _cut_sum(expr: Sum, at: int, barrier: Barrier) -> tuple[Expr, Expr]:
             return sum_of(*expr.parts[:k]), sum_of(*expr.parts[k:])
         if at < before + part.size:
             left, right = cut(part, at - before, barrier)
-            return sum_of(*expr.parts[:k], left), sum_of(right, *expr.parts[k + 1:])
+            return sum_of(*expr.parts[:k], left), sum_of(right, *expr.parts[k + 1 :])
         before += part.size
     raise AssertionError("cut outside the axis")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
-from onnxprune.model.payload import Payload, dtype_of
+from onnxprune.model.payload import Payload
 
 __all__ = ["Graph", "Model", "Node", "Parameter", "attribute_value", "subgraphs"]
 
@@ -80,7 +81,7 @@ class Parameter:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return prod(self.shape)
 
 
 @dataclass(eq=False)
@@ -213,11 +214,18 @@ def index_nodes(protos: Iterable[NodeProto], opsets: Mapping[str, int]) -> list[
         captured: set[str] = set()
         for body in subgraphs(proto):
             captured |= names_used(body)
-        nodes.append(Node(
-            index=len(nodes), proto=proto, op=f"{domain}::{proto.op_type}" if domain else proto.op_type,
-            opset=opsets.get(domain, default if not domain else 1), inputs=tuple(proto.input),
-            outputs=tuple(proto.output), attributes={a.name: attribute_value(a) for a in proto.attribute},
-            captured=tuple(sorted(captured))))
+        nodes.append(
+            Node(
+                index=len(nodes),
+                proto=proto,
+                op=f"{domain}::{proto.op_type}" if domain else proto.op_type,
+                opset=opsets.get(domain, default if not domain else 1),
+                inputs=tuple(proto.input),
+                outputs=tuple(proto.output),
+                attributes={a.name: attribute_value(a) for a in proto.attribute},
+                captured=tuple(sorted(captured)),
+            )
+        )
     return nodes
 
 
@@ -227,5 +235,6 @@ def index_graph(model: Model) -> Graph:
     opsets = {o.domain: o.version for o in proto.opset_import}
     parameters = {t.name: Parameter(t.name, t.data_type, tuple(t.dims), t) for t in proto.graph.initializer}
     inputs = tuple(i.name for i in proto.graph.input if i.name not in parameters)
-    return Graph(model, index_nodes(proto.graph.node, opsets), parameters, inputs,
-                 tuple(o.name for o in proto.graph.output))
+    return Graph(
+        model, index_nodes(proto.graph.node, opsets), parameters, inputs, tuple(o.name for o in proto.graph.output)
+    )

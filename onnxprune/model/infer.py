@@ -57,18 +57,19 @@ def pin_candidates(graph: Graph, *, batch: tuple[int, ...] = (11, 1)) -> Iterato
         for k, d in enumerate(entries):
             if isinstance(d, int):
                 continue
-            image = len(entries) == 4 and k > 0 and any(
-                isinstance(e, int) and e <= 16 for e in (entries[1], entries[3]))
-            first = k == 0 and (len(entries) > 1 or bool(_BATCH.search(d)))
-            names.setdefault(d, "batch" if first or _BATCH.search(d) else "image" if image else "sequence")
+            image = (
+                len(entries) == 4 and k > 0 and any(isinstance(e, int) and e <= 16 for e in (entries[1], entries[3]))
+            )
+            leading = k == 0 and len(entries) > 1
+            names.setdefault(d, "batch" if leading or _BATCH.search(d) else "image" if image else "sequence")
     expressions = [d for d in names if not re.fullmatch(r"[\w.:/\-]+", d)]
-    for n in batch:
-        for image, sequence in ((224, 24), (64, 128), (32, 16), (256, 64), (640, 1), (28, 8), (96, 256)):
+    for first in batch:
+        for spatial, sequence in ((224, 24), (64, 128), (32, 16), (256, 64), (640, 1), (28, 8), (96, 256)):
             pins: dict[str, int] = {}
-            for k, (name, kind) in enumerate(names.items()):
+            for k, (name, use) in enumerate(names.items()):
                 if name not in expressions:
-                    step = 8 * (k % 3) if kind == "sequence" and "past" in name.lower() else 0
-                    pins[name] = n if kind == "batch" else image if kind == "image" else sequence + step
+                    step = 8 * (k % 3) if use == "sequence" and "past" in name.lower() else 0
+                    pins[name] = first if use == "batch" else spatial if use == "image" else sequence + step
             for name in expressions:
                 pins[name] = evaluate_dim(name, pins) or sequence
             yield pins
@@ -172,8 +173,7 @@ class _Inference:
         self.know(parameter.name, parameter.elem_type, parameter.shape)
         self.graph.static.add(parameter.name)
         if parameter.size <= VALUE_LIMIT and parameter.elem_type != TensorProto.STRING:
-            if parameter.proto is None or parameter.proto.data_location != TensorProto.EXTERNAL or parameter.size <= 512:
-                self.know_value(parameter.name, self.graph.array(parameter.name))
+            self.know_value(parameter.name, self.graph.array(parameter.name))
 
     def know(self, name: str, elem_type: int, shape: Shape) -> None:
         self.graph.types[name] = elem_type
@@ -340,14 +340,14 @@ class _Inference:
         self, schema: defs.OpSchema, node: Node, types: dict[str, bytes], data: dict[str, bytes]
     ) -> tuple[dict[str, bytes], str]:
         try:
-            return schema._infer_node_outputs(node.proto.SerializeToString(), types, data, {}, self.imports,
-                                              self.graph.model.proto.ir_version), ""
+            found = schema._infer_node_outputs(  # type: ignore[call-arg]
+                node.proto.SerializeToString(), types, data, {}, self.imports, self.graph.model.proto.ir_version
+            )
+            return found, ""
         except Exception as error:  # onnx raises several types, some of them its own
             return {}, str(error).splitlines()[0][:200]
 
-    def ask_untyped(
-        self, node: Node, types: dict[str, bytes], data: dict[str, bytes]
-    ) -> tuple[dict[str, bytes], str]:
+    def ask_untyped(self, node: Node, types: dict[str, bytes], data: dict[str, bytes]) -> tuple[dict[str, bytes], str]:
         """A type that this version of the operator does not allow, but onnxruntime may: infer the shape as if of
         floats, and keep the type."""
         schema = self.schema(node)
@@ -383,8 +383,9 @@ class _Inference:
         return True
 
     def by_rule(self, node: Node, operator: Operator) -> None:
-        inputs = [(self.graph.types.get(n, 1), self.graph.shapes[n]) if n in self.graph.shapes else None
-                  for n in node.inputs]
+        inputs = [
+            (self.graph.types.get(n, 1), self.graph.shapes[n]) if n in self.graph.shapes else None for n in node.inputs
+        ]
         assert operator.shape is not None
         try:
             results = operator.shape(node, inputs)

@@ -20,7 +20,7 @@ from onnx import AttributeProto, TensorProto
 from onnxprune.errors import ModelRejected
 from onnxprune.model.graph import Graph, Model, subgraphs
 from onnxprune.model.infer import infer
-from onnxprune.model.payload import Computed, Mapped, MappedFile, dtype_of, nbytes
+from onnxprune.model.payload import Computed, Mapped, MappedFile, nbytes
 from onnxprune.model.wire import INLINE_LIMIT, Malformed, skeleton
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
@@ -101,7 +101,9 @@ def _map_external(model: Model, folder: Path) -> None:
         if length != expected or offset < 0 or offset + length > len(files[location].map):
             raise ModelRejected(
                 f"tensor '{tensor.name}' wants {expected} bytes at {offset} of '{location}', "
-                f"which holds {len(files[location].map)}", "was the external data copied completely?")
+                f"which holds {len(files[location].map)}",
+                "was the external data copied completely?",
+            )
         model.attach(tensor, Mapped(files[location], offset, length))
 
 
@@ -109,13 +111,14 @@ def _external_file(folder: Path, location: str) -> MappedFile:
     root = folder.resolve()
     path = (root / location).resolve()
     if not location or not path.is_relative_to(root):
-        raise ModelRejected(f"external data '{location}' points outside the model's folder",
-                            "move the data beside the model and save it with a relative location")
+        raise ModelRejected(
+            f"external data '{location}' points outside the model's folder",
+            "move the data beside the model and save it with a relative location",
+        )
     try:
         return MappedFile(path)
     except FileNotFoundError:
-        raise ModelRejected(f"external data '{location}' is missing beside the model",
-                            f"copy it to {folder}") from None
+        raise ModelRejected(f"external data '{location}' is missing beside the model", f"copy it to {folder}") from None
     except (OSError, ValueError) as error:
         raise ModelRejected(f"external data '{location}' can't be read: {error}") from None
 
@@ -129,8 +132,10 @@ def _from_proto(source: onnx.ModelProto) -> Model:
     model = Model(proto, source="")
     _copy_graph(source.graph, proto.graph, model)
     model.nbytes = len(proto.SerializeToString()) + sum(
-        nbytes(t.data_type, tuple(t.dims)) for t in stored_tensors(proto.graph)
-        if t.data_location == TensorProto.EXTERNAL)
+        nbytes(t.data_type, tuple(t.dims))
+        for t in stored_tensors(proto.graph)
+        if t.data_location == TensorProto.EXTERNAL
+    )
     return model
 
 
@@ -164,7 +169,7 @@ def _copy_graph(source: onnx.GraphProto, target: onnx.GraphProto, model: Model) 
 def _copy_node(source: onnx.NodeProto, target: onnx.NodeProto, model: Model) -> None:
     for field, value in source.ListFields():
         if field.name != "attribute":
-            _copy_field(target, field, value)  # type: ignore[arg-type]
+            _copy_field(target, field, value)
     for attribute in source.attribute:
         if attribute.type == AttributeProto.TENSOR:
             copy = target.attribute.add(name=attribute.name, type=attribute.type)
@@ -175,8 +180,10 @@ def _copy_node(source: onnx.NodeProto, target: onnx.NodeProto, model: Model) -> 
 
 def _reference(source: TensorProto, target: TensorProto, model: Model) -> None:
     if source.data_location == TensorProto.EXTERNAL:
-        raise ModelRejected(f"tensor '{source.name}' lies in an external file that a ModelProto does not carry",
-                            "give the model's path, or load its external data first")
+        raise ModelRejected(
+            f"tensor '{source.name}' lies in an external file that a ModelProto does not carry",
+            "give the model's path, or load its external data first",
+        )
     if len(source.raw_data) <= INLINE_LIMIT:
         target.CopyFrom(source)
         return
@@ -210,8 +217,9 @@ def _check(model: Model) -> None:
     versions = {o.domain: o.version for o in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx"))
     if version is not None and version < OLDEST_OPSET:
-        raise ModelRejected(f"opset {version} is older than {OLDEST_OPSET}",
-                            "convert it with onnx.version_converter first")
+        raise ModelRejected(
+            f"opset {version} is older than {OLDEST_OPSET}", "convert it with onnx.version_converter first"
+        )
     names: set[str] = set()
     for tensor in proto.graph.initializer:
         if tensor.name in names:
@@ -227,6 +235,3 @@ def _check(model: Model) -> None:
     for value in proto.graph.output:
         if value.name not in known:
             raise ModelRejected(f"output '{value.name}' is made by no node")
-
-
-_ = dtype_of

@@ -37,7 +37,7 @@ def encode(array: np.ndarray, elem_type: int) -> bytes | memoryview:
     """Raw data of a tensor as ONNX stores it (little-endian, sub-byte types packed)."""
     if elem_type in _BITS:
         return numpy_helper.from_array(array).raw_data
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).cast("B")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 class Payload(Protocol):
@@ -76,7 +76,7 @@ class Mapped:
             raise ModelRejected(f"a tensor of shape {list(dims)} has {self.length} bytes of data, not {expected}")
         if elem_type in _BITS:
             proto = TensorProto(data_type=elem_type, dims=dims)
-            proto.raw_data = self.file.map[self.offset:self.offset + self.length]
+            proto.raw_data = self.file.map[self.offset : self.offset + self.length]
             return numpy_helper.to_array(proto)
         dtype = dtype_of(elem_type)
         return np.frombuffer(self.file.map, dtype, prod(dims), self.offset).reshape(dims)
@@ -105,7 +105,7 @@ class Computed:
 def chunks(data: bytes | memoryview, step: int = 1 << 24) -> Iterator[bytes | memoryview]:
     """The data in pieces that a writer can take without a copy of the whole."""
     for start in range(0, len(data), step):
-        yield data[start:start + step]
+        yield data[start : start + step]
 
 
 _ = ml_dtypes  # imported for its side effect: numpy learns bfloat16, float8 and int4

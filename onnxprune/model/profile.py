@@ -148,13 +148,29 @@ def summary(model: Model, name: str, cost: Mapping[str, Cost]) -> ModelSummary:
             if v.name in stored:
                 continue
             tensor = v.type.tensor_type
-            dims = ",".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
-                            for d in tensor.shape.dim)
-            rows.append((v.name, _TYPES.get(tensor.elem_type, "?").replace("float", "float32")
-                         if tensor.elem_type == 1 else _TYPES.get(tensor.elem_type, "?"), f"({dims})"))
+            dims = ",".join(
+                str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim
+            )
+            rows.append(
+                (
+                    v.name,
+                    _TYPES.get(tensor.elem_type, "?").replace("float", "float32")
+                    if tensor.elem_type == 1
+                    else _TYPES.get(tensor.elem_type, "?"),
+                    f"({dims})",
+                )
+            )
         return tuple(rows)
 
     producer = f"{proto.producer_name} {proto.producer_version}".strip()
-    return ModelSummary(name, round(cost["params"].total({})), round(cost["macs"].total({})), model.nbytes,
-                        versions.get("", versions.get("ai.onnx", 0)), proto.ir_version, producer,
-                        shown(proto.graph.input), shown(proto.graph.output))
+    return ModelSummary(
+        name,
+        round(cost["params"].total({})),
+        round(cost["macs"].total({})),
+        model.nbytes,
+        versions.get("", versions.get("ai.onnx", 0)),
+        proto.ir_version,
+        producer,
+        shown(proto.graph.input),
+        shown(proto.graph.output),
+    )

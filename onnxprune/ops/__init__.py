@@ -18,8 +18,23 @@ from onnxprune.ops.registry import Operator, Registry
 
 __all__ = ["OPERATORS", "Operator", "Registry"]
 
+_FAMILIES = (attention, conv, elementwise, generator, layout, matmul, norm, pieces, pool, quant, recurrent, reduce)
+
 OPERATORS = Registry(
     operator
-    for family in (attention, conv, elementwise, generator, layout, matmul, norm, pieces, pool, quant, recurrent, reduce)
+    for family in (
+        attention,
+        conv,
+        elementwise,
+        generator,
+        layout,
+        matmul,
+        norm,
+        pieces,
+        pool,
+        quant,
+        recurrent,
+        reduce,
+    )
     for operator in family.OPERATORS
 )

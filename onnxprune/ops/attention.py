@@ -102,9 +102,14 @@ def multi_head_axes(c: AxisContext) -> None:
 
 
 def value_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
-    """Attention averages values: zero where the value (and its bias) is."""
-    bias = len(node.inputs) <= 3 or not node.inputs[3] or states[3] == 0 or node.op != "com.microsoft::MultiHeadAttention"
-    return 0.0 if states[2] == 0 and bias else None
+    """Attention averages values: zero where the value is."""
+    return 0.0 if states[2] == 0 else None
+
+
+def biased_value_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
+    """As `value_dead`, with a bias of the projections."""
+    unbiased = len(node.inputs) <= 3 or not node.inputs[3]
+    return 0.0 if states[2] == 0 and (unbiased or states[3] == 0) else None
 
 
 def patch_heads(p: PatchContext) -> None:
@@ -259,14 +264,31 @@ def embed_shape(node, inputs):
 
 
 OPERATORS = (
-    Operator("com.microsoft::Attention", packed_attention_axes, packed_attention_dead, packed_attention_macs,
-             patch_packed_attention, shape=packed_attention_shape),
-    Operator("com.microsoft::MultiHeadAttention", multi_head_axes, value_dead, attention_macs, patch_heads,
-             shape=multi_head_shape),
-    Operator("com.microsoft::GroupQueryAttention", grouped_query_axes, value_dead, attention_macs, patch_grouped,
-             shape=grouped_query_shape),
-    Operator("com.microsoft::RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary,
-             shape=lambda n, i: [i[0]]),
+    Operator(
+        "com.microsoft::Attention",
+        packed_attention_axes,
+        packed_attention_dead,
+        packed_attention_macs,
+        patch_packed_attention,
+        shape=packed_attention_shape,
+    ),
+    Operator(
+        "com.microsoft::MultiHeadAttention",
+        multi_head_axes,
+        biased_value_dead,
+        attention_macs,
+        patch_heads,
+        shape=multi_head_shape,
+    ),
+    Operator(
+        "com.microsoft::GroupQueryAttention",
+        grouped_query_axes,
+        value_dead,
+        attention_macs,
+        patch_grouped,
+        shape=grouped_query_shape,
+    ),
+    Operator("com.microsoft::RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary, shape=lambda n, i: [i[0]]),
     Operator("RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary),
     Operator("Attention", onnx_attention_axes, value_dead, attention_macs, patch_onnx_attention),
     Operator("com.microsoft::EmbedLayerNormalization", embed_axes, embed_dead, shape=embed_shape),

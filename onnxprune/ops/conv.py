@@ -20,8 +20,11 @@ def convolution(c: AxisContext, x: int, w: int, channelwise: Sequence[int], *, t
     """Relate X.C, the weight's axes and the inputs along the output channels; returns the output's channel axis."""
     data, weight = c.axes(x), c.axes(w)
     groups = int(c.attr("group", 1))
-    if len(data) < 3 or len(weight) != len(data) or data[1].size != weight[1 - transposed].size * (
-            1 if transposed else groups):
+    if (
+        len(data) < 3
+        or len(weight) != len(data)
+        or data[1].size != weight[1 - transposed].size * (1 if transposed else groups)
+    ):
         raise GiveUp("the weight does not fit the input")
     consuming, producing = (0, 1) if transposed else (1, 0)
     if groups == 1:
@@ -139,7 +142,7 @@ def fused_shape(node, inputs):
     dilations = node.attributes.get("dilations") or [1] * rank
     pads = node.attributes.get("pads") or [0] * (2 * rank)
     auto = node.attributes.get("auto_pad", "NOTSET")
-    out = []
+    out: list[int | None] = []
     for k in range(rank):
         if x[2 + k] is None:
             out.append(None)
@@ -158,13 +161,28 @@ def _zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
 OPERATORS = (
     Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2),
     Operator("ConvTranspose", conv_transpose_axes, conv_dead(0, 1, 2), conv_transpose_macs, patch_groups),
-    Operator("ConvInteger", conv_integer_axes, conv_dead(0, 1), conv_macs(1), patch_groups,
-             keeps=frozenset({2, 3}), quantised=((1, 3),)),
-    Operator("QLinearConv", qlinear_conv_axes, _zero_dead, conv_macs(3), patch_groups,
-             keeps=frozenset({1, 2, 4, 5, 6, 7}), quantised=((3, 5),)),
+    Operator(
+        "ConvInteger",
+        conv_integer_axes,
+        conv_dead(0, 1),
+        conv_macs(1),
+        patch_groups,
+        keeps=frozenset({2, 3}),
+        quantised=((1, 3),),
+    ),
+    Operator(
+        "QLinearConv",
+        qlinear_conv_axes,
+        _zero_dead,
+        conv_macs(3),
+        patch_groups,
+        keeps=frozenset({1, 2, 4, 5, 6, 7}),
+        quantised=((3, 5),),
+    ),
     Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups),
-    Operator("com.microsoft::FusedConv", fused_conv_axes, fused_conv_dead, conv_macs(1), patch_groups,
-             shape=fused_shape),
+    Operator(
+        "com.microsoft::FusedConv", fused_conv_axes, fused_conv_dead, conv_macs(1), patch_groups, shape=fused_shape
+    ),
 )
 
 _ = (prod, resolve)

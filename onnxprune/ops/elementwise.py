@@ -49,7 +49,7 @@ def evaluated(evaluate: Evaluate) -> Callable[[NodeView, Sequence[float | None]]
         if any(s is None for s in states):
             return None
         with np.errstate(all="ignore"):
-            value = float(evaluate(node, *(np.float64(s) for s in states)))  # type: ignore[arg-type]
+            value = float(evaluate(node, *(np.float64(s) for s in states)))
         return value if math.isfinite(value) else None
 
     return dead
@@ -172,13 +172,38 @@ def random_axes(c: AxisContext) -> None:
 
 
 UNARY: dict[str, Callable[[Any], Any]] = {
-    "Abs": np.abs, "Neg": np.negative, "Sqrt": np.sqrt, "Exp": np.exp, "Log": np.log, "Floor": np.floor,
-    "Ceil": np.ceil, "Round": np.round, "Sign": np.sign, "Sin": np.sin, "Cos": np.cos, "Tan": np.tan,
-    "Asin": np.arcsin, "Acos": np.arccos, "Atan": np.arctan, "Sinh": np.sinh, "Cosh": np.cosh, "Tanh": np.tanh,
-    "Asinh": np.arcsinh, "Acosh": np.arccosh, "Atanh": np.arctanh, "Reciprocal": lambda x: 1 / x,
-    "Not": np.logical_not, "IsNaN": np.isnan, "IsInf": np.isinf, "BitwiseNot": np.invert, "Erf": _erf,
-    "Relu": lambda x: np.maximum(x, 0), "Sigmoid": _sigmoid, "Softplus": _softplus,
-    "Softsign": lambda x: x / (1 + np.abs(x)), "Mish": lambda x: x * np.tanh(_softplus(x)),
+    "Abs": np.abs,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Exp": np.exp,
+    "Log": np.log,
+    "Floor": np.floor,
+    "Ceil": np.ceil,
+    "Round": np.round,
+    "Sign": np.sign,
+    "Sin": np.sin,
+    "Cos": np.cos,
+    "Tan": np.tan,
+    "Asin": np.arcsin,
+    "Acos": np.arccos,
+    "Atan": np.arctan,
+    "Sinh": np.sinh,
+    "Cosh": np.cosh,
+    "Tanh": np.tanh,
+    "Asinh": np.arcsinh,
+    "Acosh": np.arccosh,
+    "Atanh": np.arctanh,
+    "Reciprocal": lambda x: 1 / x,
+    "Not": np.logical_not,
+    "IsNaN": np.isnan,
+    "IsInf": np.isinf,
+    "BitwiseNot": np.invert,
+    "Erf": _erf,
+    "Relu": lambda x: np.maximum(x, 0),
+    "Sigmoid": _sigmoid,
+    "Softplus": _softplus,
+    "Softsign": lambda x: x / (1 + np.abs(x)),
+    "Mish": lambda x: x * np.tanh(_softplus(x)),
     "HardSwish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
 }
 
@@ -191,8 +216,9 @@ OPERATORS = (
     _with("LeakyRelu", lambda n, x: np.where(x < 0, _a(n, "alpha", 0.01) * x, x)),
     _with("Elu", lambda n, x: np.where(x < 0, _a(n, "alpha", 1) * np.expm1(x), x)),
     _with("Celu", lambda n, x: np.where(x < 0, _a(n, "alpha", 1) * np.expm1(x / _a(n, "alpha", 1)), x)),
-    _with("Selu", lambda n, x: _a(n, "gamma", 1.05070098) * np.where(
-        x < 0, _a(n, "alpha", 1.67326324) * np.expm1(x), x)),
+    _with(
+        "Selu", lambda n, x: _a(n, "gamma", 1.05070098) * np.where(x < 0, _a(n, "alpha", 1.67326324) * np.expm1(x), x)
+    ),
     _with("HardSigmoid", lambda n, x: np.clip(_a(n, "alpha", 0.2) * x + _a(n, "beta", 0.5), 0, 1)),
     _with("ThresholdedRelu", lambda n, x: np.where(x > _a(n, "alpha", 1), x, 0)),
     _with("Shrink", lambda n, x: np.where(np.abs(x) <= _a(n, "lambd", 0.5), 0, x - np.sign(x) * _a(n, "bias", 0))),
@@ -201,8 +227,12 @@ OPERATORS = (
     _with("Clip", _clip),
     _with("Erfc", lambda n, x: 1 - _erf(x)),
     Operator("com.microsoft::Gelu", first_input_axes, evaluated(_gelu), shape=_first_shape),
-    Operator("com.microsoft::QuickGelu", first_input_axes, evaluated(lambda n, x: x * _sigmoid(1.702 * x)),
-             shape=_first_shape),
+    Operator(
+        "com.microsoft::QuickGelu",
+        first_input_axes,
+        evaluated(lambda n, x: x * _sigmoid(1.702 * x)),
+        shape=_first_shape,
+    ),
     Operator("com.microsoft::BiasGelu", bias_axes, biased, shape=_first_shape),
     Operator("com.microsoft::FastGelu", bias_axes, biased, shape=_first_shape),
     *(Operator(name, random_axes) for name in ("RandomNormalLike", "RandomUniformLike", "Bernoulli")),
@@ -210,20 +240,25 @@ OPERATORS = (
     _binary("Sub", np.subtract),
     _binary("Mul", np.multiply, multiplied),
     Operator("Div", elementwise_axes, divided, evaluate=_divide, keeps=frozenset({1})),
-    _binary("Pow", lambda x, y: np.power(x, np.asarray(y).astype(np.asarray(x).dtype)), powered,
-            keeps=frozenset({1})),
-    Operator("Mod", elementwise_axes, divided, keeps=frozenset({1}),
-             evaluate=lambda n, x, y: np.fmod(x, y) if n.attributes.get("fmod") else np.mod(x, y)),
-    _binary("PRelu", lambda x, s: np.where(x < 0, s * x, x), lambda n, s: 0.0 if s[0] == 0 else None,
-            keeps=frozenset({1})),
+    _binary("Pow", lambda x, y: np.power(x, np.asarray(y).astype(np.asarray(x).dtype)), powered, keeps=frozenset({1})),
+    Operator(
+        "Mod",
+        elementwise_axes,
+        divided,
+        keeps=frozenset({1}),
+        evaluate=lambda n, x, y: np.fmod(x, y) if n.attributes.get("fmod") else np.mod(x, y),
+    ),
+    _binary(
+        "PRelu", lambda x, s: np.where(x < 0, s * x, x), lambda n, s: 0.0 if s[0] == 0 else None, keeps=frozenset({1})
+    ),
     _binary("And", np.logical_and, multiplied),
     _binary("Or", np.logical_or),
     _binary("Xor", np.logical_xor),
-    _binary("Equal", np.equal),
-    _binary("Less", np.less),
-    _binary("Greater", np.greater),
-    _binary("LessOrEqual", np.less_equal),
-    _binary("GreaterOrEqual", np.greater_equal),
+    _binary("Equal", np.equal, discrete=True),
+    _binary("Less", np.less, discrete=True),
+    _binary("Greater", np.greater, discrete=True),
+    _binary("LessOrEqual", np.less_equal, discrete=True),
+    _binary("GreaterOrEqual", np.greater_equal, discrete=True),
     *(Operator(name, elementwise_axes) for name in ("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")),
     _binary("Max", _variadic(np.maximum)),
     _binary("Min", _variadic(np.minimum)),

@@ -67,8 +67,12 @@ def _constant(n: NodeView, values: Any) -> Any:
     a = n.attributes
     if "value" in a:
         return a["value"]
-    for name, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64),
-                        ("value_ints", np.int64)):
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         if name in a:
             return numpy_helper.from_array(np.array(a[name], dtype))
     return None
@@ -82,14 +86,20 @@ def _fill(n: NodeView, values: Any) -> Any:
     return (fill, shape) if fill.dtype.kind == "f" and shape and min(shape) > 0 else None
 
 
+def _range(n: NodeView, start: Any, limit: Any, delta: Any) -> Any:
+    bounds = [np.asarray(v).reshape(-1)[0] for v in (start, limit, delta)]
+    return np.arange(*bounds, dtype=np.asarray(start).dtype)
+
+
 OPERATORS = (
     Operator("Constant", stored=_constant),
     Operator("Shape", shape_axes, from_shape=_shape),
     Operator("Size", shape_axes, from_shape=lambda n, shape: np.array(int(np.prod(shape)), np.int64)),
     Operator("ConstantOfShape", filled_axes, filled_dead, patch=patch_filled, evaluate=_filled, stored=_fill),
-    Operator("Range", frozen_axes, evaluate=lambda n, a, b, d: np.arange(
-        np.asarray(a).item(), np.asarray(b).item(), np.asarray(d).item(), np.asarray(a).dtype)),
-    Operator("NonZero", None, evaluate=lambda n, x: np.array(np.nonzero(x), np.int64)),
+    Operator("Range", frozen_axes, evaluate=_range),
+    Operator("NonZero", evaluate=lambda n, x: np.array(np.nonzero(x), np.int64), discrete=True),
+    Operator("NonMaxSuppression", discrete=True),
+    Operator("Unique", discrete=True),
     Operator("OneHot", None, evaluate=_one_hot),
     Operator("If", taken=lambda n, values: n.attributes["then_branch" if np.all(values[0]) else "else_branch"]),
     Operator("RandomNormal", frozen_axes),

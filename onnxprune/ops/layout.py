@@ -122,14 +122,15 @@ def expand_axes(c: AxisContext) -> None:
     c.known(1, "the target sizes")
     x, sizes = c.axes(0), c.output_shape()
     padded = [c.frozen(1)] * (len(sizes) - len(x)) + list(x)
-    c.output(*(e if e.size == n else c.frozen(n) if n is None else c.fresh(n) for e, n in zip(padded, sizes, strict=True)))
+    pairs = zip(padded, sizes, strict=True)
+    c.output(*(e if e.size == n else c.frozen(n) if n is None else c.fresh(n) for e, n in pairs))
 
 
 def patch_expand(p: PatchContext) -> None:
     target = p.value(1)
     if target is None:
         return
-    after = p.after_out()[-len(target):] if len(target) else ()
+    after = p.after_out()[-len(target) :] if len(target) else ()
     p.want(1, np.array([int(t) if t == 1 else n for t, n in zip(target, after, strict=True)], np.int64))
 
 
@@ -190,8 +191,11 @@ def _transposed(n: NodeView, x: Any) -> Any:
 
 
 def _expanded(n: NodeView, x: Any, shape: Any) -> Any:
-    return x * np.ones(tuple(int(s) for s in shape), x.dtype) if x.dtype != bool else np.broadcast_to(
-        x, np.broadcast_shapes(x.shape, tuple(int(s) for s in shape))).copy()
+    return (
+        x * np.ones(tuple(int(s) for s in shape), x.dtype)
+        if x.dtype != bool
+        else np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(int(s) for s in shape))).copy()
+    )
 
 
 OPERATORS = (
@@ -201,8 +205,7 @@ OPERATORS = (
     Operator("Squeeze", squeeze_axes, carried, evaluate=_squeezed),
     Operator("Unsqueeze", unsqueeze_axes, carried, evaluate=_unsqueezed),
     Operator("Expand", expand_axes, carried, patch=patch_expand, evaluate=_expanded),
-    Operator("Tile", tile_axes, carried, patch=patch_tile,
-             evaluate=lambda n, x, r: np.tile(x, [int(k) for k in r])),
+    Operator("Tile", tile_axes, carried, patch=patch_tile, evaluate=lambda n, x, r: np.tile(x, [int(k) for k in r])),
     Operator("DepthToSpace", depth_to_space_axes, carried),
     Operator("SpaceToDepth", space_to_depth_axes, carried),
 )

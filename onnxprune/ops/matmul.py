@@ -162,7 +162,7 @@ def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], 
             return list(term)
         before, after = term.split("...")
         count = widest if rank is None else rank - len(before) - len(after)
-        return [*before, *hidden[widest - count:], *after]
+        return [*before, *hidden[widest - count :], *after]
 
     terms = [expand(t, r) for t, r in zip(left.split(","), ranks, strict=True)]
     if arrow:
@@ -204,9 +204,7 @@ def _matmul_macs(a: int, b: int):
     return macs
 
 
-def einsum_macs(
-    node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]
-) -> list[Term]:
+def einsum_macs(node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]) -> list[Term]:
     """The product of all labels' sizes: the cost of two operands, an upper bound for more."""
     terms, _ = einsum_terms(node.attributes["equation"], [len(a) for a in inputs])
     sizes: dict[str, Expr] = {}
@@ -222,8 +220,7 @@ def _broadcast_matmul(node: NodeView, inputs, *, elem: int | None = None):
     (kind, x), (_, y) = inputs[0], inputs[1]
     x = (*x[:-2], x[-1], x[-2]) if node.attributes.get("transA") else x
     y = (*y[:-2], y[-1], y[-2]) if node.attributes.get("transB") else y
-    batch = [max((s for s in pair if s is not None), default=None)
-             for pair in _aligned(x[:-2], y[:-2])]
+    batch = [max((s for s in pair if s is not None), default=None) for pair in _aligned(x[:-2], y[:-2])]
     tail = [*(x[-2:-1] if len(x) > 1 else ()), *(y[-1:] if len(y) > 1 else ())]
     return [(elem or kind, (*batch, *tail))]
 
@@ -239,24 +236,62 @@ def nbits_shape(node, inputs):
 
 
 OPERATORS = (
-    Operator("MatMul", matmul_axes, product_dead(0, 1), _matmul_macs(0, 1),
-             evaluate=lambda n, a, b: np.matmul(a, b)),
+    Operator("MatMul", matmul_axes, product_dead(0, 1), _matmul_macs(0, 1), evaluate=lambda n, a, b: np.matmul(a, b)),
     Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2),
-    Operator("MatMulInteger", matmul_integer_axes, product_dead(0, 1), _matmul_macs(0, 1),
-             keeps=frozenset({2, 3}), quantised=((1, 3),)),
-    Operator("QLinearMatMul", qlinear_matmul_axes, product_dead(0, 3), _matmul_macs(0, 3),
-             keeps=frozenset({1, 2, 4, 5, 6, 7}), quantised=((3, 5),)),
+    Operator(
+        "MatMulInteger",
+        matmul_integer_axes,
+        product_dead(0, 1),
+        _matmul_macs(0, 1),
+        keeps=frozenset({2, 3}),
+        quantised=((1, 3),),
+    ),
+    Operator(
+        "QLinearMatMul",
+        qlinear_matmul_axes,
+        product_dead(0, 3),
+        _matmul_macs(0, 3),
+        keeps=frozenset({1, 2, 4, 5, 6, 7}),
+        quantised=((3, 5),),
+    ),
     Operator("Einsum", einsum_axes, einsum_dead, einsum_macs),
-    Operator("com.microsoft::FusedMatMul", fused_matmul_axes, product_dead(0, 1), _matmul_macs(0, 1),
-             shape=_broadcast_matmul),
-    Operator("com.microsoft::MatMulIntegerToFloat", matmul_integer_to_float_axes, product_dead(0, 1, 6),
-             _matmul_macs(0, 1), keeps=frozenset({2, 3, 4, 5}), quantised=((1, 5),),
-             shape=lambda n, i: _broadcast_matmul(n, i, elem=i[2][0])),
-    Operator("com.microsoft::DynamicQuantizeMatMul", dynamic_quantize_matmul_axes, product_dead(0, 1, 4),
-             _matmul_macs(0, 1), keeps=frozenset({2, 3}), quantised=((1, 3),), shape=_broadcast_matmul),
-    Operator("com.microsoft::QGemm", qgemm_axes, product_dead(0, 3, 6), _matmul_macs(0, 3),
-             keeps=frozenset({1, 2, 4, 5, 7, 8}), quantised=((3, 5),),
-             shape=lambda n, i: _broadcast_matmul(n, [i[0], i[3]])),
-    Operator("com.microsoft::MatMulNBits", matmul_nbits_axes, product_dead(0, 2, 5),
-             lambda n, i, o: [(1.0, (*o[0], i[0][-1]))], patch_nbits, keeps=frozenset({1, 3}), shape=nbits_shape),
+    Operator(
+        "com.microsoft::FusedMatMul", fused_matmul_axes, product_dead(0, 1), _matmul_macs(0, 1), shape=_broadcast_matmul
+    ),
+    Operator(
+        "com.microsoft::MatMulIntegerToFloat",
+        matmul_integer_to_float_axes,
+        product_dead(0, 1, 6),
+        _matmul_macs(0, 1),
+        keeps=frozenset({2, 3, 4, 5}),
+        quantised=((1, 5),),
+        shape=lambda n, i: _broadcast_matmul(n, i, elem=i[2][0] if i[2] else None),
+    ),
+    Operator(
+        "com.microsoft::DynamicQuantizeMatMul",
+        dynamic_quantize_matmul_axes,
+        product_dead(0, 1, 4),
+        _matmul_macs(0, 1),
+        keeps=frozenset({2, 3}),
+        quantised=((1, 3),),
+        shape=_broadcast_matmul,
+    ),
+    Operator(
+        "com.microsoft::QGemm",
+        qgemm_axes,
+        product_dead(0, 3, 6),
+        _matmul_macs(0, 3),
+        keeps=frozenset({1, 2, 4, 5, 7, 8}),
+        quantised=((3, 5),),
+        shape=lambda n, i: _broadcast_matmul(n, [i[0], i[3]]),
+    ),
+    Operator(
+        "com.microsoft::MatMulNBits",
+        matmul_nbits_axes,
+        product_dead(0, 2, 5),
+        lambda n, i, o: [(1.0, (*o[0], i[0][-1]))],
+        patch_nbits,
+        keeps=frozenset({1, 3}),
+        shape=nbits_shape,
+    ),
 )

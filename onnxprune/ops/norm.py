@@ -146,7 +146,7 @@ def softmax_axes(c: AxisContext) -> None:
     x = c.axes(0)
     old = c.node.opset < 13
     axis = int(c.attr("axis", 1 if old else -1)) % max(len(x), 1)
-    c.freeze(f"a {c.node.op} runs over it", *(x[axis:] if old else x[axis:axis + 1]))
+    c.freeze(f"a {c.node.op} runs over it", *(x[axis:] if old else x[axis : axis + 1]))
     c.output(*x)
 
 
@@ -181,15 +181,21 @@ OPERATORS = (
     Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2)),
     Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2)),
     Operator("RMSNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1)),
-    Operator("SimplifiedLayerNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1),
-             shape=_as_input),
+    Operator(
+        "SimplifiedLayerNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input
+    ),
     Operator("com.microsoft::SkipLayerNormalization", skip_norm(Kind.NORM, 2, 4), skip_dead, shape=skip_shape),
-    Operator("com.microsoft::SkipSimplifiedLayerNormalization", skip_norm(Kind.RMS, 2, 3), skip_dead,
-             patch=patch_rms(-1, 2), shape=skip_shape),
+    Operator(
+        "com.microsoft::SkipSimplifiedLayerNormalization",
+        skip_norm(Kind.RMS, 2, 3),
+        skip_dead,
+        patch=patch_rms(-1, 2),
+        shape=skip_shape,
+    ),
     Operator("GroupNormalization", group_norm_axes, affine_dead(1, 2), patch=patch_group_norm),
     Operator("Softmax", softmax_axes),
     Operator("LogSoftmax", softmax_axes),
-    Operator("Hardmax", softmax_axes),
+    Operator("Hardmax", softmax_axes, discrete=True),
     Operator("LRN", lrn_axes, zero_stays),
     Operator("LpNormalization", lp_normalization_axes, zero_stays),
     Operator("MeanVarianceNormalization", mean_variance_axes),

@@ -29,7 +29,7 @@ def concat_axes(c: AxisContext) -> None:
     if joined is None:
         c.freeze("its size is unknown where it is concatenated", *(p[axis] for p in parts))
         joined = c.frozen(c.output_shape()[axis])
-    c.output(*parts[0][:axis], joined, *parts[0][axis + 1:])
+    c.output(*parts[0][:axis], joined, *parts[0][axis + 1 :])
 
 
 def joined_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
@@ -54,7 +54,7 @@ def split_axes(c: AxisContext) -> None:
     axis = int(c.attr("axis", 0)) % len(x)
     sizes = split_sizes(c, x[axis].size)
     for j, part in enumerate(c.cut(x[axis], sizes)):
-        c.output(*x[:axis], part, *x[axis + 1:], j=j)
+        c.output(*x[:axis], part, *x[axis + 1 :], j=j)
 
 
 def patch_split(p: PatchContext) -> None:
@@ -82,10 +82,12 @@ def slice_bounds(c: AxisContext | PatchContext, rank: int) -> list[tuple[int, in
         if starts is None or ends is None or (c.has(3) and axes is None) or (c.has(4) and steps is None):
             raise GiveUp("the bounds of a Slice are computed from the data")
     starts, ends = np.asarray(starts).reshape(-1), np.asarray(ends).reshape(-1)
-    axes = range(len(starts)) if axes is None else np.asarray(axes).reshape(-1)
-    steps = [1] * len(starts) if steps is None else np.asarray(steps).reshape(-1)
-    return [(k, int(a) % rank, int(s), int(e), int(t))
-            for k, (a, s, e, t) in enumerate(zip(axes, starts, ends, steps, strict=True))]
+    along = list(range(len(starts))) if axes is None else np.asarray(axes).reshape(-1).tolist()
+    strides = [1] * len(starts) if steps is None else np.asarray(steps).reshape(-1).tolist()
+    return [
+        (k, int(a) % rank, int(s), int(e), int(t))
+        for k, (a, s, e, t) in enumerate(zip(along, starts, ends, strides, strict=True))
+    ]
 
 
 def slice_axes(c: AxisContext) -> None:
@@ -116,7 +118,7 @@ def sliced(c: AxisContext, expr: Expr, start: int, end: int, step: int) -> Expr:
         return c.frozen(None)
     if step < 0:
         c.freeze("a Slice runs over it backwards", expr)
-        return c.frozen(len(range(n)[start:end if end >= -n else None:step]))
+        return c.frozen(len(range(n)[start : end if end >= -n else None : step]))
     low, high, _ = slice(start, end).indices(n)
     high = max(low, high)
     if step == 1:
@@ -159,7 +161,7 @@ def pad_amounts(c: AxisContext | PatchContext, rank: int) -> list[tuple[int, int
     if pads is None:
         raise GiveUp("the amounts of a Pad are computed from the data")
     pads = [int(n) for n in np.asarray(pads).reshape(-1)]
-    axes = range(rank)
+    axes = list(range(rank))
     if c.has(3):
         given = c.value(3)
         if given is None:
@@ -210,7 +212,7 @@ def patch_pad(p: PatchContext) -> None:
         return
     for k in changed:
         amounts[k] = (p.noted(f"low{k}"), p.noted(f"high{k}"))
-    axes = range(rank)
+    axes = list(range(rank))
     if p.has(3):
         axes = [int(a) % rank for a in np.asarray(p.value(3)).reshape(-1)]
     pads = np.array([amounts[k][0] for k in axes] + [amounts[k][1] for k in axes], np.int64)
@@ -224,7 +226,7 @@ def gather_axes(c: AxisContext) -> None:
     data, index = c.axes(0), c.axes(1)
     axis = int(c.attr("axis", 0)) % len(data)
     picked = gathered(c, data[axis], index)
-    c.output(*data[:axis], *picked, *data[axis + 1:])
+    c.output(*data[:axis], *picked, *data[axis + 1 :])
 
 
 def gathered(c: AxisContext, expr: Expr, index: Sequence[Expr]) -> Sequence[Expr]:
@@ -283,8 +285,8 @@ def gather_nd_axes(c: AxisContext) -> None:
         raise GiveUp("the depth of the indices is unknown")
     for a, b in zip(data[:batch], index[:batch], strict=True):
         c.equal(a, b)
-    c.freeze("it is looked up by index", *data[batch:batch + depth], index[-1])
-    c.output(*index[:-1], *data[batch + depth:])
+    c.freeze("it is looked up by index", *data[batch : batch + depth], index[-1])
+    c.output(*index[:-1], *data[batch + depth :])
 
 
 def scatter_nd_axes(c: AxisContext) -> None:
@@ -292,8 +294,8 @@ def scatter_nd_axes(c: AxisContext) -> None:
     depth = index[-1].size
     if depth < 0:
         raise GiveUp("the depth of the indices is unknown")
-    c.freeze("it is written by index", *data[:depth], *index, *updates[:len(index) - 1])
-    for a, b in zip(data[depth:], updates[len(index) - 1:], strict=True):
+    c.freeze("it is written by index", *data[:depth], *index, *updates[: len(index) - 1])
+    for a, b in zip(data[depth:], updates[len(index) - 1 :], strict=True):
         c.equal(a, b)
     c.output(*data)
 
@@ -332,7 +334,7 @@ def top_k_axes(c: AxisContext) -> None:
     axis = int(c.attr("axis", -1)) % len(x)
     c.freeze("a TopK runs over it", x[axis])
     for j in range(len(c.node.outputs)):
-        c.output(*x[:axis], c.frozen(c.output_shape(j)[axis]), *x[axis + 1:], j=j)
+        c.output(*x[:axis], c.frozen(c.output_shape(j)[axis]), *x[axis + 1 :], j=j)
 
 
 def trilu_axes(c: AxisContext) -> None:
@@ -418,14 +420,18 @@ OPERATORS = (
     Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice),
     Operator("Pad", pad_axes, pad_dead, patch=patch_pad, evaluate=_pad, joins=True),
     Operator("Gather", gather_axes, carried, patch=patch_gather, evaluate=_gather),
-    Operator("GatherElements", gather_elements_axes, zero_carried,
-             evaluate=lambda n, x, i: np.take_along_axis(x, np.asarray(i), int(n.attributes.get("axis", 0)))),
+    Operator(
+        "GatherElements",
+        gather_elements_axes,
+        zero_carried,
+        evaluate=lambda n, x, i: np.take_along_axis(x, np.asarray(i), int(n.attributes.get("axis", 0))),
+    ),
     Operator("GatherND", gather_nd_axes, carried, evaluate=_gather_nd),
     Operator("ScatterND", scatter_nd_axes, scattered_dead, evaluate=_scatter_nd),
     Operator("ScatterElements", scatter_elements_axes, scattered_dead),
     Operator("Scatter", scatter_elements_axes, scattered_dead),
     Operator("CumSum", along("CumSum", "a CumSum runs over it").axes, zero_carried, evaluate=_cumsum),
-    Operator("TopK", top_k_axes, zero_carried),
+    Operator("TopK", top_k_axes, zero_carried, discrete=True),
     Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu),
     Operator("ReverseSequence", reverse_sequence_axes, carried),
 )

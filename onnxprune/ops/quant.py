@@ -84,7 +84,7 @@ def qlinear_concat_axes(c: AxisContext) -> None:
     for k in range(len(parts[0])):
         if k != axis:
             c.equal(*(p[k] for p in parts))
-    c.output(*parts[0][:axis], c.sum(*(p[axis] for p in parts)), *parts[0][axis + 1:])
+    c.output(*parts[0][:axis], c.sum(*(p[axis] for p in parts)), *parts[0][axis + 1 :])
 
 
 def qlinear_concat_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
@@ -95,8 +95,12 @@ def qlinear_concat_dead(node: NodeView, states: Sequence[float | None]) -> float
 def qlinear_softmax_axes(c: AxisContext) -> None:
     x = c.axes(0)
     axis = int(c.attr("axis", -1)) % len(x)
-    c.freeze("a softmax runs over it", *(x[axis:] if int(c.attr("opset", 13)) < 13 else x[axis:axis + 1]))
+    c.freeze("a softmax runs over it", *(x[axis:] if int(c.attr("opset", 13)) < 13 else x[axis : axis + 1]))
     c.output(*x)
+
+
+def _sizes(known):
+    return known[1]
 
 
 def _like(k: int):
@@ -121,27 +125,59 @@ def _concat_shape(node, inputs):
     axis = int(node.attributes["axis"]) % len(parts[0])
     sizes = [p[axis] for p in parts]
     total = None if any(s is None for s in sizes) else sum(sizes)
-    return [(inputs[1][0], (*parts[0][:axis], total, *parts[0][axis + 1:]))]
+    return [(inputs[1][0], (*parts[0][:axis], total, *parts[0][axis + 1 :]))]
 
 
-_QLINEAR = {"keeps": frozenset({1, 2, 4, 5, 6, 7})}
+_SCALES = frozenset({1, 2, 4, 5, 6, 7})
 
 OPERATORS = (
     Operator("QuantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2})),
     Operator("DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}), quantised=((0, 2),)),
-    Operator("com.microsoft::QuantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}),
-             shape=lambda n, i: [(i[2][0] if len(i) > 2 and i[2] else 2, i[0][1])]),
-    Operator("com.microsoft::DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}),
-             quantised=((0, 2),), shape=lambda n, i: [(i[1][0], i[0][1])]),
+    Operator(
+        "com.microsoft::QuantizeLinear",
+        linear_axes,
+        zero_stays,
+        keeps=frozenset({1, 2}),
+        shape=lambda n, i: [(i[2][0] if len(i) > 2 and i[2] else 2, _sizes(i[0]))],
+    ),
+    Operator(
+        "com.microsoft::DequantizeLinear",
+        linear_axes,
+        zero_stays,
+        keeps=frozenset({1, 2}),
+        quantised=((0, 2),),
+        shape=lambda n, i: [(i[1][0] if i[1] else 1, _sizes(i[0]))],
+    ),
     Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays),
-    Operator("com.microsoft::QLinearAdd", qlinear_binary_axes, qlinear_add_dead, shape=_broadcast_shape,
-             quantised=((0, 2), (3, 5)), **_QLINEAR),
-    Operator("com.microsoft::QLinearMul", qlinear_binary_axes, qlinear_mul_dead, shape=_broadcast_shape,
-             quantised=((0, 2), (3, 5)), **_QLINEAR),
-    *(Operator(f"com.microsoft::QLinear{name}", qlinear_unary_axes, dead, shape=_like(0), keeps=frozenset({1, 2, 3, 4}))
-      for name, dead in (("LeakyRelu", zero_stays), ("Sigmoid", None))),
-    Operator("com.microsoft::QLinearGlobalAveragePool", qlinear_pool_axes, zero_stays, shape=_global_pool_shape,
-             keeps=frozenset({1, 2, 3, 4})),
+    Operator(
+        "com.microsoft::QLinearAdd",
+        qlinear_binary_axes,
+        qlinear_add_dead,
+        shape=_broadcast_shape,
+        quantised=((0, 2), (3, 5)),
+        keeps=_SCALES,
+    ),
+    Operator(
+        "com.microsoft::QLinearMul",
+        qlinear_binary_axes,
+        qlinear_mul_dead,
+        shape=_broadcast_shape,
+        quantised=((0, 2), (3, 5)),
+        keeps=_SCALES,
+    ),
+    *(
+        Operator(
+            f"com.microsoft::QLinear{name}", qlinear_unary_axes, dead, shape=_like(0), keeps=frozenset({1, 2, 3, 4})
+        )
+        for name, dead in (("LeakyRelu", zero_stays), ("Sigmoid", None))
+    ),
+    Operator(
+        "com.microsoft::QLinearGlobalAveragePool",
+        qlinear_pool_axes,
+        zero_stays,
+        shape=_global_pool_shape,
+        keeps=frozenset({1, 2, 3, 4}),
+    ),
     Operator("com.microsoft::QLinearConcat", qlinear_concat_axes, qlinear_concat_dead, shape=_concat_shape, joins=True),
     Operator("com.microsoft::QLinearSoftmax", qlinear_softmax_axes, shape=_like(0), keeps=frozenset({1, 2, 3, 4})),
 )

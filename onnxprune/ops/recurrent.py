@@ -91,6 +91,14 @@ def quantised_lstm_shape(node, inputs):
 
 OPERATORS = (
     *(Operator(name, recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden) for name in ("LSTM", "GRU", "RNN")),
-    Operator("com.microsoft::DynamicQuantizeLSTM", recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden,
-             shape=quantised_lstm_shape, keeps=frozenset({8, 9, 10, 11}), quantised=((1, 9), (2, 11))),
+    Operator(
+        "com.microsoft::DynamicQuantizeLSTM",
+        recurrent_axes,
+        recurrent_dead,
+        recurrent_macs,
+        patch_hidden,
+        shape=quantised_lstm_shape,
+        keeps=frozenset({8, 9, 10, 11}),
+        quantised=((1, 9), (2, 11)),
+    ),
 )

@@ -95,6 +95,6 @@ OPERATORS = (
     _reduction("ReduceSumSquare", Kind.SUM, 18),
     Operator("ReduceLogSum", reduce_axes(Kind.SUM, 18)),
     Operator("ReduceLogSumExp", reduce_axes(Kind.EXTREME, 18)),
-    Operator("ArgMax", arg_axes, evaluate=None),
-    Operator("ArgMin", arg_axes),
+    Operator("ArgMax", arg_axes, discrete=True),
+    Operator("ArgMin", arg_axes, discrete=True),
 )

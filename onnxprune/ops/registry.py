@@ -38,6 +38,7 @@ class Operator:
     shape: (element type, shape) per output, for operators that onnx has no inference for.
     keeps: inputs whose parameters never make a unit vanish and are not zeroed (variances, divisors, scales).
     joins: an input that lacks a unit has no say in it (a concatenation); its state is given as nan to `dead`.
+    discrete: a rounding error in its input may change what it selects, so that outputs behind it can't be compared.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
     """
 
@@ -56,6 +57,7 @@ class Operator:
     shape: ShapeRule | None = None
     keeps: frozenset[int] = frozenset()
     joins: bool = False
+    discrete: bool = False
     quantised: tuple[tuple[int, int], ...] = ()
 
 
@@ -78,4 +80,3 @@ class Registry(Mapping[str, Operator]):
         """A table with more operators; one that is there already is replaced. This is how a user registers the
         rules of a custom operator."""
         return Registry([*self._by_name.values(), *operators])
-

@@ -14,8 +14,21 @@ import numpy as np
 
 from onnxprune.axes.expr import Atom, Barrier, Expr, cut, equal, freeze, product, resolve, split, sum_of
 
-__all__ = ["AxisContext", "AxisRule", "Contraction", "DeadRule", "GiveUp", "Kind", "MacsRule", "MaskRule", "NodeView",
-           "PatchContext", "PatchRule", "ShapeRule", "Term"]
+__all__ = [
+    "AxisContext",
+    "AxisRule",
+    "Contraction",
+    "DeadRule",
+    "GiveUp",
+    "Kind",
+    "MacsRule",
+    "MaskRule",
+    "NodeView",
+    "PatchContext",
+    "PatchRule",
+    "ShapeRule",
+    "Term",
+]
 
 
 class NodeView(Protocol):
@@ -167,7 +180,11 @@ class AxisContext:
             freeze(expr, Barrier(self.barrier.node, self.barrier.op_type, reason))
 
     def contract(
-        self, kind: Kind, *operands: tuple[int, int], over: Expr | None = None, fold: bool = False,
+        self,
+        kind: Kind,
+        *operands: tuple[int, int],
+        over: Expr | None = None,
+        fold: bool = False,
         through: bool = False,
     ) -> None:
         """The axes at these (input, axis) positions are equal and disappear; or only `over`, a factor of theirs."""
@@ -186,7 +203,8 @@ class AxisContext:
 class PatchContext(Protocol):
     """One node during the rewrite, after the axes got shorter."""
 
-    node: NodeView
+    @property
+    def node(self) -> NodeView: ...
 
     def attr(self, name: str, default: Any = None) -> Any:
         """An attribute's value in the original."""
@@ -244,5 +262,7 @@ DeadRule: TypeAlias = Callable[[NodeView, Sequence["float | None"]], "float | No
 PatchRule: TypeAlias = Callable[[PatchContext], None]
 MacsRule: TypeAlias = Callable[[NodeView, Sequence["tuple[Expr, ...]"], Sequence["tuple[Expr, ...]"]], list[Term]]
 MaskRule: TypeAlias = Callable[..., Any]
-ShapeRule: TypeAlias = Callable[[NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
-                                Sequence["tuple[int, tuple[int | None, ...]] | None"]]
+ShapeRule: TypeAlias = Callable[
+    [NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
+    Sequence["tuple[int, tuple[int | None, ...]] | None"],
+]

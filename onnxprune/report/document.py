@@ -30,8 +30,10 @@ def inspect_document(summary: ModelSummary, analysis: Analysis, *, timing: Mappi
         "model": _model(summary),
         "coverage": _coverage(analysis),
         "groups": [_group(group) for group in analysis.groups],
-        "barriers": [{"node": b.barrier.node, "op_type": b.barrier.op_type, "reason": b.barrier.reason,
-                      "params": b.params} for b in analysis.barriers],
+        "barriers": [
+            {"node": b.barrier.node, "op_type": b.barrier.op_type, "reason": b.barrier.reason, "params": b.params}
+            for b in analysis.barriers
+        ],
         "timing": dict(timing),
     }
 
@@ -43,11 +45,18 @@ def compress_document(result: Result) -> Document:
         **_head("compress"),
         "before": _model(result.before),
         "after": _model(result.after) if result.after is not None else None,
-        "target": {"metric": target.metric, "spec": target.spec, "wanted": target.wanted, "reached": target.reached,
-                   "met": target.met},
+        "target": {
+            "metric": target.metric,
+            "spec": target.spec,
+            "wanted": target.wanted,
+            "reached": target.reached,
+            "met": target.met,
+        },
         "coverage": _coverage(result.analysis),
-        "plan": [{"id": g.id, "size": g.size, "kept": len(plan[g.id]) if g.id in plan else g.size}
-                 for g in result.analysis.groups],
+        "plan": [
+            {"id": g.id, "size": g.size, "kept": len(plan[g.id]) if g.id in plan else g.size}
+            for g in result.analysis.groups
+        ],
         "verification": _verification(result.verification) if result.verification is not None else None,
         "latency": _latency(result.latency) if result.latency is not None else None,
         "timing": dict(result.timing),
@@ -70,8 +79,13 @@ def bench_document(names: Sequence[str], bench: Bench) -> Document:
             latency = bench.against_first(k)
             against = {"speedup": latency.speedup, "significant": latency.significant}
         rows.append({"model": name, **_stats(row), "against_first": against})
-    return {**_head("bench"), "threads": bench.threads, "optimisation": bench.optimisation, "runtime": bench.runtime,
-            "models": rows}
+    return {
+        **_head("bench"),
+        "threads": bench.threads,
+        "optimisation": bench.optimisation,
+        "runtime": bench.runtime,
+        "models": rows,
+    }
 
 
 def to_json(document: Document) -> str:
@@ -84,46 +98,90 @@ def _head(command: str) -> Document:
 
 
 def _model(summary: ModelSummary) -> Document:
-    ports = {kind: [{"name": name, "type": dtype, "shape": shape} for name, dtype, shape in found]
-             for kind, found in (("inputs", summary.inputs), ("outputs", summary.outputs))}
-    return {"name": summary.name, "params": summary.params, "macs": summary.macs, "bytes": summary.bytes,
-            "opset": summary.opset, "ir_version": summary.ir_version, "producer": summary.producer, **ports}
+    ports = {
+        kind: [{"name": name, "type": dtype, "shape": shape} for name, dtype, shape in found]
+        for kind, found in (("inputs", summary.inputs), ("outputs", summary.outputs))
+    }
+    return {
+        "name": summary.name,
+        "params": summary.params,
+        "macs": summary.macs,
+        "bytes": summary.bytes,
+        "opset": summary.opset,
+        "ir_version": summary.ir_version,
+        "producer": summary.producer,
+        **ports,
+    }
 
 
 def _coverage(analysis: Analysis) -> Document:
     c = analysis.coverage
     exact = c.params_exact / c.params_total if c.params_total else 0.0
-    return {"params_total": c.params_total, "params_prunable": c.params_prunable, "fraction": c.fraction,
-            "params_exact": c.params_exact, "fraction_exact": exact}
+    return {
+        "params_total": c.params_total,
+        "params_prunable": c.params_prunable,
+        "fraction": c.fraction,
+        "params_exact": c.params_exact,
+        "fraction_exact": exact,
+    }
 
 
 def _group(group: Group) -> Document:
     """A group and its members. A member that only follows (a variance, a divisor) is removed with the unit like one
     that produces it, but is not zero in the masked original."""
-    members = [{"initializer": m.initializer, "axis": m.axis,
-                "role": "consumes" if m.role == "consumes" else "produces", "zeroed": m.zeroed}
-               for m in group.members]
-    return {"id": group.id, "size": group.size, "kind": group.kind, "reason": group.reason, "params": group.params,
-            "members": members}
+    members = [
+        {
+            "initializer": m.initializer,
+            "axis": m.axis,
+            "role": "consumes" if m.role == "consumes" else "produces",
+            "zeroed": m.zeroed,
+        }
+        for m in group.members
+    ]
+    return {
+        "id": group.id,
+        "size": group.size,
+        "kind": group.kind,
+        "reason": group.reason,
+        "params": group.params,
+        "members": members,
+    }
 
 
 def _verification(v: Verification) -> Document:
-    return {"passed": v.passed, "max_abs_error": v.max_abs_error, "max_rel_error": v.max_rel_error,
-            "tolerance": v.tolerance, "input_sets": v.input_sets,
-            "shapes": [{name: list(shape) for name, shape in shapes.items()} for shapes in v.shapes],
-            "notes": list(v.notes)}
+    return {
+        "passed": v.passed,
+        "max_abs_error": v.max_abs_error,
+        "max_rel_error": v.max_rel_error,
+        "tolerance": v.tolerance,
+        "input_sets": v.input_sets,
+        "shapes": [{name: list(shape) for name, shape in shapes.items()} for shapes in v.shapes],
+        "notes": list(v.notes),
+    }
 
 
 def _latency(latency: Latency) -> Document:
-    return {"before_ms": latency.before.median_ms, "after_ms": latency.after.median_ms,
-            "significant": latency.significant, "speedup": latency.speedup, "threads": latency.threads,
-            "optimisation": latency.optimisation, "before": _stats(latency.before), "after": _stats(latency.after)}
+    return {
+        "before_ms": latency.before.median_ms,
+        "after_ms": latency.after.median_ms,
+        "significant": latency.significant,
+        "speedup": latency.speedup,
+        "threads": latency.threads,
+        "optimisation": latency.optimisation,
+        "before": _stats(latency.before),
+        "after": _stats(latency.after),
+    }
 
 
 def _stats(stats: LatencyStats) -> Document:
     kernels = stats.nchwc_kernels if stats.nchwc_kernels >= 0 else None
-    return {"min_ms": stats.min_ms, "median_ms": stats.median_ms, "p90_ms": stats.p90_ms, "runs": stats.runs,
-            "nchwc_kernels": kernels}
+    return {
+        "min_ms": stats.min_ms,
+        "median_ms": stats.median_ms,
+        "p90_ms": stats.p90_ms,
+        "runs": stats.runs,
+        "nchwc_kernels": kernels,
+    }
 
 
 def _finite(value: Any) -> Any:

@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from onnxprune.result import Latency, LatencyStats, ModelSummary, Result, Verification
     from onnxprune.verify.latency import Bench
 
-__all__ = ["ascii_only", "bench_table", "bytes_text", "compress_report", "count_text", "inspect_report",
-           "summary_table", "verify_line"]
+__all__ = [
+    "ascii_only",
+    "bench_table",
+    "bytes_text",
+    "compress_report",
+    "count_text",
+    "inspect_report",
+    "summary_table",
+    "verify_line",
+]
 
 ROWS = 20  # of a table, unless asked for more
 PORTS = 8  # inputs, and outputs, unless asked for more
@@ -57,7 +65,7 @@ def summary_table(result: Result, *, verbose: bool = False) -> str:
         block = f" (block {result.align})" if result.align > 1 else ""
         rows.append(["Aligned channels", f"{aligned}/{channels}{block}", f"{aligned_after}/{channels_after}", ""])
     rows.append(["Groups pruned", "–", _groups_pruned(result), ""])
-    return _table(["", os.path.basename(before.name), name, "change"], rows, widths=(22, 26, 26, 12))
+    return _table(["", os.path.basename(before.name), name, "change"], rows, widths=(22, 28, 28, 12))
 
 
 def verify_line(verification: Verification) -> str:
@@ -66,23 +74,27 @@ def verify_line(verification: Verification) -> str:
     sets = f"{v.input_sets} input set{'s' * (v.input_sets != 1)}"
     outcome = "passed" if v.passed else "FAILED"
     limit = "" if v.passed else f", tolerance {_power(v.tolerance)}"
-    line = (f"verify: {outcome} (onnxruntime, {sets}, max relative error {_power(v.max_rel_error)} "
-            f"against the masked original{limit})")
+    line = (
+        f"verify: {outcome} (onnxruntime, {sets}, max relative error {_power(v.max_rel_error)} "
+        f"against the masked original{limit})"
+    )
     return "\n".join([line, *(f"        {note}" for note in v.notes)])
 
 
 def inspect_report(summary: ModelSummary, analysis: Analysis, *, verbose: bool = False) -> str:
     """The model in numbers, what is prunable, the groups and what stands in the way of the rest."""
     s, c = summary, analysis.coverage
-    made = f", made by {_cut(s.producer, 30)}" if s.producer else ""
+    made = f", made by {_cut(s.producer, 60)}" if s.producer else ""
     figures = f"{count_text(s.params)} parameters, {count_text(s.macs)} MACs (batch 1), {bytes_text(s.bytes)}"
-    lines = [f"{os.path.basename(s.name)}: {figures}, opset {s.opset}, IR {s.ir_version}{made}"]
+    lines = [f"{_cut(os.path.basename(s.name), 40)}: {figures}", f"  opset {s.opset}, IR {s.ir_version}{made}"]
     for kind, ports in (("IN ", s.inputs), ("OUT", s.outputs)):
         shown, left = _capped(ports, PORTS, verbose=verbose)
         lines += [f"  {kind} {_cut(name, 30)}  {dtype} {_cut(shape, 40)}" for name, dtype, shape in shown]
         lines += [f"  {kind} … and {left} more"] if left else []
     n = len(analysis.groups)
-    exact = f", {_percent(_share(c.params_exact, c.params_total))} exactly" if c.params_exact < c.params_prunable else ""
+    exact = (
+        f", {_percent(_share(c.params_exact, c.params_total))} exactly" if c.params_exact < c.params_prunable else ""
+    )
     lines += ["", f"prunable: {_percent(c.fraction)} of the parameters{exact}, in {n} group{'s' * (n != 1)}"]
     if analysis.groups:
         lines += ["", _group_table(analysis.groups, verbose=verbose)]
@@ -97,8 +109,15 @@ def bench_table(names: Sequence[str], bench: Bench) -> str:
     rows = []
     for k, (name, row) in enumerate(zip(_told_apart(names), bench.rows, strict=True)):
         against = "–" if k == 0 else _speedup(bench.against_first(k))
-        rows.append([name, *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
-                     str(row.runs), str(row.nchwc_kernels) if row.nchwc_kernels >= 0 else "?", against])
+        rows.append(
+            [
+                name,
+                *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
+                str(row.runs),
+                str(row.nchwc_kernels) if row.nchwc_kernels >= 0 else "?",
+                against,
+            ]
+        )
     head = ["model", "min", "p50", "p90", "runs", "NCHWc", "against the first"]
     turns = ", in turns" if len(rows) > 1 else ""
     note = f"{bench.runtime}, {_threads(bench.threads)}, graph optimisation '{bench.optimisation}'{turns}"
@@ -138,14 +157,14 @@ def _same(before: str, after: str | None) -> tuple[str, str, str]:
     return (before, "–", "") if after is None else (before, after, "same" if before == after else "changed")
 
 
-def _port_rows(
-    kind: str, before: Sequence[Port], after: Sequence[Port] | None, *, verbose: bool
-) -> list[list[str]]:
+def _port_rows(kind: str, before: Sequence[Port], after: Sequence[Port] | None, *, verbose: bool) -> list[list[str]]:
     """A row per input or output, the first few where there are many."""
     there = {name: _port(dtype, shape) for name, dtype, shape in after or ()}
     shown, left = _capped(before, PORTS, verbose=verbose)
-    rows = [[f"{kind} {name}", *_same(_port(dtype, shape), None if after is None else there.get(name, "missing"))]
-            for name, dtype, shape in shown]
+    rows = [
+        [f"{kind} {name}", *_same(_port(dtype, shape), None if after is None else there.get(name, "missing"))]
+        for name, dtype, shape in shown
+    ]
     return rows + ([[f"{kind} … and {left} more", "", "", ""]] if left else [])
 
 
@@ -188,7 +207,7 @@ def _groups_pruned(result: Result) -> str:
     """`12 of 14 (2: inexact)`."""
     whole = [g for g in result.analysis.groups if g.id not in result.plan.keep]
     pruned, total = len(result.analysis.groups) - len(whole), len(result.analysis.groups)
-    reasons = Counter("inexact" if g.kind == "inexact" else "kept whole" for g in whole)
+    reasons = Counter("inexact" if g.kind == "inexact" else "kept" for g in whole)
     left = ", ".join(f"{n}: {reason}" for reason, n in reasons.items())
     return f"{pruned} of {total}" + (f" ({left})" if left else "")
 
@@ -196,14 +215,19 @@ def _groups_pruned(result: Result) -> str:
 def _target_line(result: Result) -> str:
     t = result.target
     outcome = "met" if t.met else "NOT met"
-    return (f"target: {t.spec} {outcome}, {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
-            f"(asked for {_percent(t.wanted)} kept)")
+    return (
+        f"target: {t.spec} {outcome}, {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
+        f"(asked for {_percent(t.wanted)} kept)"
+    )
 
 
 def _latency_line(latency: Latency) -> str:
-    kernels = f"{_kernels(latency.before)} -> {_kernels(latency.after)} NCHWc kernels"
-    return (f"latency: {_speedup(latency)} at the median (min / median / p90 of {latency.before.runs} runs in turns, "
-            f"{_threads(latency.threads)}, graph optimisation '{latency.optimisation}', {kernels})")
+    """How the table's row came about."""
+    kernels = f"NCHWc kernels {_kernels(latency.before)} -> {_kernels(latency.after)}"
+    return (
+        f"latency: {_speedup(latency)} (min / median / p90 of {latency.before.runs} runs in turns, "
+        f"graph optimisation '{latency.optimisation}', {kernels})"
+    )
 
 
 def _kernels(stats: LatencyStats) -> str:
@@ -228,17 +252,28 @@ def _plan_table(result: Result) -> str:
     for group in result.analysis.groups:
         kept = len(result.plan.keep[group.id]) if group.id in result.plan.keep else group.size
         rows.append([group.id, str(group.size), str(kept), _change(group.size, kept), _first_member(group)])
-    return _table(["group", "units", "kept", "change", "made by"], rows, widths=(8, 8, 8, 10, 44), right={1, 2})
+    return _table(["group", "units", "kept", "change", "made by"], rows, widths=(8, 8, 8, 10, 60), right={1, 2})
 
 
 def _group_table(groups: Sequence[Group], *, verbose: bool) -> str:
     shown, left = _capped(sorted(groups, key=lambda g: -g.params), ROWS, verbose=verbose)
-    rows = [[g.id, str(g.size), count_text(g.params), g.kind, _first_member(g), g.reason] for g in shown]
-    head = ["group", "units", "params", "kind", "made by", "reason"]
-    if not any(row[-1] for row in rows):
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    table = _table(head, rows, widths=(8, 8, 9, 11, 36, 36), right={1, 2})
-    return table + _more(left, "groups")
+    rows = [[g.id, str(g.size), count_text(g.params), g.kind, _first_member(g)] for g in shown]
+    head = ["group", "units", "params", "kind", "made by"]
+    table = _table(head, rows, widths=(8, 8, 9, 11, 60), right={1, 2})
+    return table + _more(left, "groups") + _reasons(shown)
+
+
+def _reasons(groups: Sequence[Group]) -> str:
+    """Why groups are not exact, in full below their table; groups that share a reason share its line."""
+    by_reason: dict[str, list[str]] = {}
+    for group in groups:
+        if group.reason:
+            by_reason.setdefault(group.reason, []).append(group.id)
+    return "".join(f"\n{_list(ids)}: {_one_line(reason)}" for reason, ids in by_reason.items())
+
+
+def _list(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
 
 
 def _told_apart(paths: Sequence[str]) -> Sequence[str]:
@@ -248,24 +283,27 @@ def _told_apart(paths: Sequence[str]) -> Sequence[str]:
 
 
 def _first_member(group: Group) -> str:
-    """The parameter that makes the units, and how many more there are."""
+    """The parameter that makes the units, and in how many more they have a slice."""
     made = next((m.initializer for m in group.members if m.zeroed), group.members[0].initializer)
     others = len({m.initializer for m in group.members}) - 1
     more = f" +{others}" if others else ""
-    return _cut(made, 36 - len(more)) + more
+    return _cut(made, 60 - len(more)) + more
 
 
 def _barrier_table(analysis: Analysis, *, verbose: bool) -> str:
     shown, left = _capped(analysis.barriers, ROWS, verbose=verbose)
     total = analysis.coverage.params_total
-    rows = [[count_text(b.params), _percent(_share(b.params, total)), b.barrier.op_type, b.barrier.node,
-             b.barrier.reason] for b in shown]
+    rows = [
+        [count_text(b.params), _percent(_share(b.params, total)), b.barrier.op_type, b.barrier.node, b.barrier.reason]
+        for b in shown
+    ]
     head = ["params", "share", "operator", "node", "reason"]
-    return _table(head, rows, widths=(9, 8, 20, 32, 48), right={0, 1}) + _more(left, "reasons")
+    return _table(head, rows, widths=(9, 8, 18, 28, 44), right={0, 1}) + _more(left, "reasons")
 
 
 def _more(left: int, what: str) -> str:
     return f"\n… and {left} more {what}; -v lists all" if left else ""
+
 
 T = TypeVar("T")
 

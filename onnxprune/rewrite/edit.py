@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,13 +68,15 @@ class Edit:
         self.new_tensors.append((numpy_helper.from_array(np.ascontiguousarray(value), name), None))
         return name
 
-    def insert_after(self, k: int, op: str, inputs: list[str], output: str, **attributes: object) -> None:
-        self.after.setdefault(k, []).append(helper.make_node(op, inputs, [output], name=self.name(f"{output}_{op}"),
-                                                             **attributes))
+    def insert_after(self, k: int, op: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        self.after.setdefault(k, []).append(
+            helper.make_node(op, inputs, [output], name=self.name(f"{output}_{op}"), **attributes)
+        )
 
-    def insert_before(self, k: int, op: str, inputs: list[str], output: str, **attributes: object) -> None:
-        self.before.setdefault(k, []).append(helper.make_node(op, inputs, [output], name=self.name(f"{output}_{op}"),
-                                                              **attributes))
+    def insert_before(self, k: int, op: str, inputs: list[str], output: str, **attributes: Any) -> None:
+        self.before.setdefault(k, []).append(
+            helper.make_node(op, inputs, [output], name=self.name(f"{output}_{op}"), **attributes)
+        )
 
     def build(self) -> Model:
         """The edited model. Its payloads refer to the original's."""
@@ -216,10 +219,19 @@ class Edit:
             inputs = [i for i in graph.input if i.name not in gone]
             del graph.input[:]
             graph.input.extend(inputs)
-        made_once = {n for node in self.graph.nodes if node.outputs and node.outputs[0] in self.graph.parameters
-                     for n in node.outputs}
-        unread = [k for k, n in enumerate(graph.node) if n.output and all(o not in read for o in n.output)
-                  and (any(o in made_once for o in n.output) or n.output[0].endswith("_unused"))]
+        made_once = {
+            n
+            for node in self.graph.nodes
+            if node.outputs and node.outputs[0] in self.graph.parameters
+            for n in node.outputs
+        }
+        unread = [
+            k
+            for k, n in enumerate(graph.node)
+            if n.output
+            and all(o not in read for o in n.output)
+            and (any(o in made_once for o in n.output) or n.output[0].endswith("_unused"))
+        ]
         for k in reversed(unread):
             del graph.node[k]
 
@@ -234,8 +246,11 @@ class Edit:
             if after is None or len(after) != len(dims):
                 continue
             for dim, n in zip(dims, after, strict=True):
-                if dim.HasField("dim_value") and dim.dim_value != n and (
-                        value.name in sizes or value.name in self.resized):
+                if (
+                    dim.HasField("dim_value")
+                    and dim.dim_value != n
+                    and (value.name in sizes or value.name in self.resized)
+                ):
                     dim.dim_value = n
         stale = [k for k, v in enumerate(graph.value_info) if v.name not in made and v.name not in sizes]
         for k in reversed(stale):

@@ -63,7 +63,8 @@ class _Rewrite:
             masks = self.masks(name, axes)
             if any(m is not None for m in masks):
                 self.edit.resized[name] = tuple(
-                    e.size if m is None else len(m) for e, m in zip(axes, masks, strict=True))
+                    e.size if m is None else len(m) for e, m in zip(axes, masks, strict=True)
+                )
 
     def masks(self, name: str, axes: Sequence[Expr]) -> tuple[Kept, ...]:
         if name not in self.memo:
@@ -87,8 +88,7 @@ class _Rewrite:
         if any(m is not None for j, n in enumerate(node.outputs) if n for m in self.output_masks(node, j)):
             return True
         noted = self.analysis.noted.get(node.index, {})
-        return any(kept(e, self.keep) is not None for e in noted.values()) or any(
-            n in self.values for n in node.inputs)
+        return any(kept(e, self.keep) is not None for e in noted.values()) or any(n in self.values for n in node.inputs)
 
     def visit(self, node: Node) -> None:
         if not self.touched(node):
@@ -167,8 +167,9 @@ class _Rewrite:
         parameter = self.graph.parameters.get(name)
         if parameter is not None:
             value = wanted.astype(dtype_of(parameter.elem_type))
-            self.edit.changes[node.index, i] = Change(("value", value.tobytes(), value.shape), value.shape,
-                                                      lambda _: value, uniform=False)
+            self.edit.changes[node.index, i] = Change(
+                ("value", value.tobytes(), value.shape), value.shape, lambda _: value, uniform=False
+            )
             self.values[f"{node.index}:{i}"] = value
             return
         self.edit.nodes[node.index].input[i] = self.corrected(node.index, name, have, wanted)
@@ -190,15 +191,19 @@ class _Rewrite:
         """True where a node puts its inputs one after another."""
         parts = [self.have(producer, i) for i in range(len(producer.inputs))]
         operator = self.analysis.registry.get(producer.op)
-        return operator is not None and operator.joins and all(p is not None for p in parts) and sum(
-            p.size for p in parts if p is not None) == size
+        return (
+            operator is not None
+            and operator.joins
+            and all(p is not None for p in parts)
+            and sum(p.size for p in parts if p is not None) == size
+        )
 
     def corrected_parts(self, at: int, producer: Node, name: str, wanted: np.ndarray) -> str:
         inputs, start = [], 0
         for i, part in enumerate(producer.inputs):
             have = self.have(producer, i)
             assert have is not None
-            piece = wanted[start:start + have.size].reshape(have.shape)
+            piece = wanted[start : start + have.size].reshape(have.shape)
             start += have.size
             same = np.array_equal(have, piece)
             inputs.append(self.edit.nodes[producer.index].input[i] if same else self.corrected(at, part, have, piece))
@@ -228,8 +233,11 @@ class _Rewrite:
         for contraction in self.analysis.contractions.get(node.index, ()):
             if not contraction.fold:
                 continue
-            found = [(a, c) for (n, a), c in self.analysis.verdicts.constants.items()
-                     if n == node.index and a in self.keep and a in set(atoms(contraction.over))]
+            found = [
+                (a, c)
+                for (n, a), c in self.analysis.verdicts.constants.items()
+                if n == node.index and a in self.keep and a in set(atoms(contraction.over))
+            ]
             if found:
                 _fold(self, node, contraction, dict(found))
 
@@ -287,7 +295,7 @@ def dead_constants(expr: Expr, keep: dict[Atom, np.ndarray], constants: dict[Ato
         result = np.where(values != 0, values, result)
         mask = kept(factor, keep)
         zero = np.zeros(factor.size, bool) if mask is None else ~np.isin(np.arange(factor.size), mask)
-        dead_by_zero |= (zero.reshape(shape) & (values == 0))
+        dead_by_zero |= zero.reshape(shape) & (values == 0)
     return np.where(dead_by_zero, 0.0, result).reshape(-1)
 
 
@@ -374,8 +382,11 @@ class _Patch:
             known = self.work.edit.changes.get(use)
             change = known or Change(None, parameter.shape, lambda array: array)
             self.work.edit.changes[use] = Change(
-                (change.key, "scaled", factor), change.shape,
-                lambda array: (change.make(array) * factor).astype(array.dtype), uniform=False)
+                (change.key, "scaled", factor),
+                change.shape,
+                lambda array: (change.make(array) * factor).astype(array.dtype),
+                uniform=False,
+            )
             return
         name = self.work.edit.name(f"{source}_scaled")
         by = self.work.edit.constant(f"{name}_factor", np.array(factor, dtype_of(elem)))

@@ -101,7 +101,7 @@ def allocate(
     for g in groups:
         n = state.counts[g.atom]
         if n < g.size:
-            keep[g.id] = np.sort(order[g.id][g.size - n:])
+            keep[g.id] = np.sort(order[g.id][g.size - n :])
     return Allocation(keep, state.total, least)
 
 
@@ -163,8 +163,9 @@ def _greedy(state: _State, sums: Mapping[str, np.ndarray], goal: float) -> None:
 
 def _smallest_step(state: _State) -> None:
     """Take the smallest block there is."""
-    options = [(state.saving(gid, after), gid, after) for gid in state.groups
-               if (after := state.next_count(gid)) is not None]
+    options = [
+        (state.saving(gid, after), gid, after) for gid in state.groups if (after := state.next_count(gid)) is not None
+    ]
     options = [o for o in options if o[0] > 0]
     if options:
         _, gid, after = min(options)

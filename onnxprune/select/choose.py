@@ -42,12 +42,16 @@ def candidates(analysis: Analysis, *, allow_inexact: bool) -> list[Group]:
 def _why_nothing(analysis: Analysis) -> str:
     inexact = [g for g in analysis.groups if g.kind == INEXACT]
     if inexact:
-        return f"nothing can be pruned exactly: {len(inexact)} inexact groups, such as {inexact[0].id}: {inexact[0].reason}"
+        return (
+            f"nothing can be pruned exactly: {len(inexact)} inexact groups, "
+            f"such as {inexact[0].id}: {inexact[0].reason}"
+        )
     if not analysis.coverage.params_total:
         return "nothing can be pruned: the model has no parameters that a node uses"
     worst = "; ".join(
         f"{b.barrier.op_type} {b.barrier.node} ({b.barrier.reason}: {b.params:,} parameters)".replace("  ", " ")
-        for b in analysis.barriers[:3])
+        for b in analysis.barriers[:3]
+    )
     return f"nothing can be pruned: {worst or 'no axis of a parameter is free'}"
 
 
@@ -82,25 +86,34 @@ def choose(
     total = cost.total({})
     goal = target.goal(total)
     if goal >= total:
-        raise UsageError(f"target {target.text} asks for {goal:,.0f} {target.metric}, and the model has {total:,.0f}",
-                         "ask for less than there is")
+        raise UsageError(
+            f"target {target.text} asks for {goal:,.0f} {target.metric}, and the model has {total:,.0f}",
+            "ask for less than there is",
+        )
     ranked = scores(analysis, groups, importance, seed=seed)
     best: tuple[Allocation, int] | None = None
     block = align
     while True:
-        found = allocate(groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor,
-                         overshoot=block == 1)
+        found = allocate(
+            groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor, overshoot=block == 1
+        )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
         if met(found, goal) or block == 1:
             break
         block //= 2
     if best is None:
-        raise TargetNotReached(f"target {target.text} can't be approached: no group may lose a unit",
-                               "lower --floor, or ask for less")
+        raise TargetNotReached(
+            f"target {target.text} can't be approached: no group may lose a unit", "lower --floor, or ask for less"
+        )
     allocation, block = best
-    outcome = TargetOutcome(target.metric, target.text, goal / total, allocation.remaining / total,
-                            met(allocation, goal) or allocation.least <= goal)
+    outcome = TargetOutcome(
+        target.metric,
+        target.text,
+        goal / total,
+        allocation.remaining / total,
+        met(allocation, goal) or allocation.least <= goal,
+    )
     return Choice(Plan(allocation.keep), outcome, block, allocation.least / total)
 
 

@@ -66,8 +66,8 @@ class Slices:
         total = np.empty(len(moved), np.float64)
         step = max(1, (1 << 22) // max(1, moved[0].size))
         for k in range(0, len(moved), step):
-            block = np.asarray(moved[k:k + step], np.float64).reshape(len(moved[k:k + step]), -1)
-            total[k:k + step] = np.abs(block).sum(1) if power == 1 else np.einsum("ij,ij->i", block, block)
+            block = np.asarray(moved[k : k + step], np.float64).reshape(len(moved[k : k + step]), -1)
+            total[k : k + step] = np.abs(block).sum(1) if power == 1 else np.einsum("ij,ij->i", block, block)
         graph.release(member.initializer)
         units = unit_of(self.analysis.uses[member.use][member.axis], self.group.atom)
         inside = units >= 0
@@ -77,7 +77,7 @@ class Slices:
         """The member's slices as (units, numbers)."""
         graph = self.analysis.graph
         units = unit_of(self.analysis.uses[member.use][member.axis], self.group.atom)
-        order = np.argsort(units, kind="stable")[np.count_nonzero(units < 0):]
+        order = np.argsort(units, kind="stable")[np.count_nonzero(units < 0) :]
         array = np.take(graph.array(member.initializer), order, member.axis).astype(np.float64)
         graph.release(member.initializer)
         return np.moveaxis(array, member.axis, 0).reshape(self.units, -1)
@@ -85,8 +85,7 @@ class Slices:
     def gammas(self) -> list[Member]:
         """Members that scale the output of a normalisation."""
         registry, graph = self.analysis.registry, self.analysis.graph
-        return [m for m in self.members(producing_only=True)
-                if registry[graph.nodes[m.use[0]].op].gamma == m.use[1]]
+        return [m for m in self.members(producing_only=True) if registry[graph.nodes[m.use[0]].op].gamma == m.use[1]]
 
 
 def l1(slices: Slices, rng: np.random.Generator) -> np.ndarray:

@@ -55,11 +55,16 @@ def _indices(text: str) -> np.ndarray:
 def plan_to_text(plan: Plan, analysis: Analysis) -> str:
     """JSON for the pruned model's metadata. A group is known again by its id, its size and its first member."""
     groups = [
-        {"id": g.id, "size": g.size, "member": g.members[0].initializer, "axis": g.members[0].axis,
-         "kept": _ranges(plan.keep[g.id])}
+        {
+            "id": g.id,
+            "size": g.size,
+            "member": g.members[0].initializer,
+            "axis": g.members[0].axis,
+            "kept": _ranges(plan.keep[g.id]),
+        }
         for g in plan.pruned(analysis)
     ]
-    pins = {k: v for k, v in analysis.graph.pins.items()}
+    pins = dict(analysis.graph.pins)
     return json.dumps({"schema": SCHEMA, "groups": groups, "pins": pins}, separators=(",", ":"))
 
 

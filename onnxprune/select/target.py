@@ -10,8 +10,19 @@ from onnxprune.errors import UsageError
 __all__ = ["METRICS", "Target", "parse_target"]
 
 METRICS = ("macs", "params", "size", "channels")
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kb": 1e3, "mb": 1e6, "gb": 1e9,
-          "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_UNITS = {
+    "": 1.0,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "t": 1e12,
+    "kb": 1e3,
+    "mb": 1e6,
+    "gb": 1e9,
+    "kib": 2.0**10,
+    "mib": 2.0**20,
+    "gib": 2.0**30,
+}
 
 
 @dataclass(frozen=True)

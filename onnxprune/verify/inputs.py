@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 
 import numpy as np
 from onnx import TensorProto
@@ -14,14 +13,20 @@ from onnxprune.model.infer import pin_candidates, symbolic_inputs
 from onnxprune.model.load import load
 from onnxprune.model.payload import dtype_of
 
-__all__ = ["draw", "index_limits", "input_sets", "size_candidates"]
+__all__ = ["SPREADS", "draw", "index_limits", "input_sets", "size_candidates"]
 
 Feed = dict[str, np.ndarray]
+SPREADS = ("normal", "uniform")
 _INTEGERS = {TensorProto.INT32, TensorProto.INT64, TensorProto.INT16, TensorProto.UINT32, TensorProto.UINT64}
 
 
-def input_sets(model: str | os.PathLike[str] | Graph, *, seed: int = 0, count: int = 1,
-               shapes: Mapping[str, Sequence[int]] | None = None) -> list[Feed]:
+def input_sets(
+    model: str | os.PathLike[str] | Graph,
+    *,
+    seed: int = 0,
+    count: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[Feed]:
     """`count` sets of random inputs at the likeliest sizes. shapes: sizes of inputs that the caller knows."""
     graph = model if isinstance(model, Graph) else load(model)
     pins = next(iter(size_candidates(graph, shapes)))
@@ -54,10 +59,14 @@ def pins_of(graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> dict[st
 
 
 def draw(
-    graph: Graph, pins: Mapping[str, int], rng: np.random.Generator,
+    graph: Graph,
+    pins: Mapping[str, int],
+    rng: np.random.Generator,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    *,
+    spread: str = "normal",
 ) -> Feed:
-    """One random value per graph input."""
+    """One random value per graph input. spread: 'normal', or 'uniform' in 0 to 1 as images are."""
     limits = index_limits(graph)
     feed: Feed = {}
     for value in graph.model.proto.graph.input:
@@ -68,11 +77,15 @@ def draw(
         given = (shapes or {}).get(value.name)
         if given is not None and len(given) == len(shape):
             shape = [int(g) if g > 0 else s for g, s in zip(given, shape, strict=True)]
-        feed[value.name] = _values(value.type.tensor_type.elem_type, shape, rng, limits.get(value.name), value.name)
+        feed[value.name] = _values(
+            value.type.tensor_type.elem_type, shape, rng, limits.get(value.name), value.name, spread
+        )
     return feed
 
 
-def _values(elem: int, shape: list[int], rng: np.random.Generator, limit: int | None, name: str) -> np.ndarray:
+def _values(
+    elem: int, shape: list[int], rng: np.random.Generator, limit: int | None, name: str, spread: str
+) -> np.ndarray:
     if elem == TensorProto.STRING:
         return np.full(shape, "a", object)
     if elem == TensorProto.BOOL:
@@ -87,7 +100,8 @@ def _values(elem: int, shape: list[int], rng: np.random.Generator, limit: int | 
     if elem in (TensorProto.UINT8, TensorProto.INT8):
         info = np.iinfo(dtype)
         return rng.integers(info.min, info.max + 1, shape).astype(dtype)
-    return rng.standard_normal(shape).astype(np.float32).astype(dtype)
+    drawn = rng.random(shape) if spread == "uniform" else rng.standard_normal(shape)
+    return drawn.astype(np.float32).astype(dtype)
 
 
 def index_limits(graph: Graph) -> dict[str, int]:
@@ -99,7 +113,7 @@ def index_limits(graph: Graph) -> dict[str, int]:
         reached, pending = {name}, [name]
         while pending:
             for node, i in graph.consumers.get(pending.pop(), ()):
-                if "Gather" in node.op and i == 1 or "EmbedLayer" in node.op and i < 2:
+                if ("Gather" in node.op and i == 1) or ("EmbedLayer" in node.op and i < 2):
                     table = node.inputs[0] if "Gather" in node.op else node.inputs[2 + i * 2]
                     shape = graph.shapes.get(table)
                     axis = int(node.attributes.get("axis", 0))
@@ -111,6 +125,3 @@ def index_limits(graph: Graph) -> dict[str, int]:
                             reached.add(out)
                             pending.append(out)
     return limits
-
-
-_ = islice

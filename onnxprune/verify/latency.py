@@ -8,6 +8,7 @@ don't overlap.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +46,8 @@ UNKNOWN = -1  # kernel count where the optimised graph could not be written
 
 LEAST_ROUNDS, MOST_ROUNDS = 10, 5000
 SIZE_TRIES = 8
+
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?")
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,18 @@ def measure(
     seed: int = 0,
 ) -> list[LatencyStats]:
     """The figures of `bench`, without the comparison."""
-    return list(bench(paths, threads=threads, warmup=warmup, runs=runs, seconds=seconds, optimisation=optimisation,
-                      shapes=shapes, seed=seed).rows)
+    return list(
+        bench(
+            paths,
+            threads=threads,
+            warmup=warmup,
+            runs=runs,
+            seconds=seconds,
+            optimisation=optimisation,
+            shapes=shapes,
+            seed=seed,
+        ).rows
+    )
 
 
 def compare(
@@ -127,8 +140,16 @@ def compare(
     seed: int = 0,
 ) -> Latency:
     """Two models, turn by turn: `a` before, `b` after."""
-    return bench([a, b], threads=threads, warmup=warmup, runs=runs, seconds=seconds, optimisation=optimisation,
-                 shapes=shapes, seed=seed).against_first(1)
+    return bench(
+        [a, b],
+        threads=threads,
+        warmup=warmup,
+        runs=runs,
+        seconds=seconds,
+        optimisation=optimisation,
+        shapes=shapes,
+        seed=seed,
+    ).against_first(1)
 
 
 def _label(model: ModelLike) -> str:
@@ -182,8 +203,9 @@ def _session(model: ModelLike, options: ort.SessionOptions) -> ort.InferenceSess
 
 
 def _reason(error: Exception) -> str:
-    """onnxruntime's message on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """onnxruntime's message on one line, without its code and the path, which we have said."""
+    text = _PREFIX.sub("", " ".join(str(error).split()))
+    return text[:300] or type(error).__name__
 
 
 def _count(nodes: Iterable[onnx.NodeProto]) -> int:
@@ -228,7 +250,7 @@ def _first_that_runs(
         feed = draw(graph, pins, np.random.default_rng(seed), shapes)
         try:
             session.run(None, feed)
-        except Exception as error:  # noqa: BLE001 - onnxruntime's share no base but this one
+        except Exception as error:
             reason = _reason(error)
         else:
             return feed
