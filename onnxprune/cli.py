@@ -34,7 +34,7 @@ Exit codes:
   130  interrupted
 """
 
-# Named here as well so that --help needs no numpy; a test compares them with the tables of `select` and `verify`.
+# Named here as well so that --help loads no stage; a test compares them with the tables of `select` and `verify`.
 IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm")
 DEPLOYMENTS = ("ort-cpu", "openvino", "tensorrt", "none")
 OPTIMISATION = ("none", "basic", "extended", "all")
@@ -55,8 +55,6 @@ class _Command(click.Command):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except BrokenPipeError:  # whoever reads our report has seen enough; the work is done
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
 
@@ -91,14 +89,16 @@ def _fail(error: Exception, *, detailed: bool) -> NoReturn:
         _complain(str(error), error.hint)
         code = error.exit_code
     else:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        _complain(f"internal: {text}", "" if detailed else "run it again with -vv for the traceback, and report it")
+        _complain(
+            f"internal: {type(error).__name__}: {error}",
+            "" if detailed else "run it again with -vv for the traceback, and report it",
+        )
         code = INTERNAL
     raise click.exceptions.Exit(code)
 
 
 def _complain(message: str, hint: str) -> None:
-    _say(f"error: {message}", err=True)
+    _say(f"error: {' '.join(message.split())}", err=True)
     if hint:
         _say(f"hint: {hint}", err=True)
 
@@ -112,7 +112,14 @@ def _say(text: str, *, err: bool = False) -> None:
         from onnxprune.report.terminal import ascii_only
 
         text = ascii_only(text)
-    click.echo(text, err=err)
+    _emit(text, err=err)
+
+
+def _emit(text: str | bytes, *, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:  # whoever reads it has seen enough; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
 
 
 class _Progress:
@@ -171,7 +178,6 @@ _json = _option(
     metavar="FILE|-",
     is_flag=False,
     flag_value="-",
-    default=None,
     help="Write a JSON document; - prints it instead of the table.",
 )
 _verbose = _option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks of errors.")
@@ -395,7 +401,7 @@ def _deliver(
 
         text = to_json(dict(document()))
         if json_to == "-":
-            click.echo(text.encode() + b"\n", nl=False)
+            _emit(text.encode())
         else:
             Path(json_to).write_text(text + "\n", encoding="utf-8")
     if json_to != "-" and not quiet:

@@ -7,29 +7,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 import onnx
 
-from onnxprune.axes.analysis import Analysis, analyse
+from onnxprune.axes.analysis import Analysis
+from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
-from onnxprune.model.graph import Graph
+from onnxprune.model.graph import Graph, Model
 from onnxprune.model.infer import infer
 from onnxprune.model.load import load, open_model
+from onnxprune.model.payload import Mapped
 from onnxprune.model.profile import costs, summary
 from onnxprune.model.save import place, write
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Latency, ModelSummary, Result, Verification
 from onnxprune.rewrite.rewrite import rewrite
-from onnxprune.select.align import block_size
+from onnxprune.select.align import aligned_counts, block_size
 from onnxprune.select.choose import Choice, choose
 from onnxprune.select.importance import Criterion
-from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_pins
+from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_settings
 from onnxprune.select.target import parse_target
 from onnxprune.verify.equivalence import prove
 
-__all__ = ["Inspection", "compress", "inspect", "verify"]
+__all__ = ["Inspection", "analyse", "compress", "inspect", "verify"]
 
 Shapes = Mapping[str, Sequence[int]]
 Progress = Callable[[str], None]
@@ -107,7 +109,7 @@ def compress(
     clock.start("load")
     graph = _load(model, registry, input_shapes)
     clock.start("analyse")
-    analysis = analyse(graph, registry=registry, exclude=exclude)
+    analysis = analyse_graph(graph, registry=registry, exclude=exclude)
     clock.start("select")
     name = Path(graph.model.source).name or "model"
     before = summary(graph.model, name, costs(analysis))
@@ -128,6 +130,7 @@ def compress(
         choice.plan,
         analysis,
         align=choice.align,
+        aligned=aligned_counts(analysis, choice.plan, block),
         warnings=_warnings(graph, choice, block),
     )
     if not choice.outcome.met and not best_effort:
@@ -143,24 +146,22 @@ def compress(
     pruned = rewrite(analysis, choice.plan)
 
     def produce(path: Path) -> None:
-        pruned.nbytes = write(pruned, path)
+        pruned.nbytes = _written(pruned, path)
         clock.start("verify")
-        result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes)
-        smaller = infer(open_model(path), registry, _pins(graph))
-        result.after = summary(
-            smaller.model,
-            destination.name if destination else f"{name} (pruned)",
-            costs(analyse(smaller, registry=registry)),
-        )
-        if latency:
+        result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes, model=pruned)
+        smaller = infer(open_model(path), registry, graph.pins)
+        shown = destination.name if destination else f"{name} (pruned)"
+        result.after = summary(smaller.model, shown, costs(analyse_graph(smaller, registry=registry)))
+        if latency and graph.model.source:
             clock.start("latency")
-            result.latency = _latency(graph, path, threads, input_shapes, seed)
+            result.latency = _latency(graph.model.source, path, threads, input_shapes, seed, result.warnings)
         clock.start("write")
 
     if destination is None:
         with TemporaryDirectory(prefix="onnxprune-") as folder:
             produce(Path(folder) / "pruned.onnx")
     else:
+        _spare_external_data(destination, graph.model)
         place(destination, produce)
         result.output = str(destination)
     result.model = pruned
@@ -179,10 +180,22 @@ def inspect(
     start = time.perf_counter()
     graph = _load(model, registry, input_shapes)
     loaded = time.perf_counter()
-    analysis = analyse(graph, registry=registry, exclude=exclude)
+    analysis = analyse_graph(graph, registry=registry, exclude=exclude)
     done = time.perf_counter()
     name = Path(graph.model.source).name or "model"
     return Inspection(summary(graph.model, name, costs(analysis)), analysis, loaded - start, done - loaded)
+
+
+def analyse(
+    model: str | os.PathLike[str] | onnx.ModelProto | Graph,
+    *,
+    exclude: Sequence[str] = (),
+    input_shapes: Shapes | None = None,
+    registry: Mapping[str, Operator] = OPERATORS,
+) -> Analysis:
+    """Groups, axes, coverage and barriers of a model. Raises ModelRejected, UsageError."""
+    graph = model if isinstance(model, Graph) else _load(model, registry, input_shapes)
+    return analyse_graph(graph, registry=registry, exclude=exclude)
 
 
 def verify(
@@ -201,9 +214,9 @@ def verify(
             f"{pruned} holds no plan: it was not written by onnxprune",
             "`onnxprune verify ORIGINAL PRUNED`, in this order",
         )
-    graph = load(original, registry=registry, pins=stored_pins(text))
-    analysis = analyse(graph, registry=registry)
-    return prove(analysis, plan_from_text(text, analysis), Path(pruned), seed=seed, shapes=input_shapes)
+    pins, exclude = stored_settings(text)
+    analysis = analyse_graph(load(original, registry=registry, pins=pins), registry=registry, exclude=exclude)
+    return prove(analysis, plan_from_text(text, analysis), Path(pruned), seed=seed, shapes=input_shapes, model=small)
 
 
 def _load(
@@ -224,22 +237,38 @@ def _load(
     return infer(opened, registry, pins_of(first, shapes))
 
 
-def _pins(graph: Graph) -> dict[str, int]:
-    return dict(graph.pins)
-
-
 def _free(path: Path, model: object, force: bool) -> Path:
     """Refuse an output that can't or must not be written, before any work."""
     if isinstance(model, (str, os.PathLike)) and path.exists() and Path(model).exists() and path.samefile(model):
         raise UsageError(f"{path} is the input itself", "name another output")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already", "--force overwrites it")
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder", "create it first")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} can't be written to", "name an output elsewhere")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "name a file in it")
+    for taken in (path, path.with_name(f"{path.name}.data")):
+        if taken.exists() and not force:
+            raise UsageError(f"{taken} exists already", "--force overwrites it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder", "create it first")
+    try:
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"{path.parent} can't be written to: {error.strerror}", "name an output elsewhere") from None
     return path
+
+
+def _spare_external_data(path: Path, model: Model) -> None:
+    """The input's own external data is never replaced, whatever --force says."""
+    data = path.with_name(f"{path.name}.data")
+    for payload in model.payloads.values():
+        if isinstance(payload, Mapped) and data.exists() and data.samefile(payload.file.path):
+            raise UsageError(f"{data} holds the input's own weights", "name another output")
+
+
+def _written(model: Model, path: Path) -> int:
+    try:
+        return write(model, path)
+    except OSError as error:
+        raise UsageError(f"the pruned model can't be written: {error.strerror or error}") from None
 
 
 def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
@@ -254,9 +283,14 @@ def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
     return found
 
 
-def _latency(graph: Graph, pruned: Path, threads: int, shapes: Shapes | None, seed: int) -> Latency | None:
+def _latency(
+    original: str, pruned: Path, threads: int, shapes: Shapes | None, seed: int, warnings: list[str]
+) -> Latency | None:
+    """Both models, turn by turn; a failure here is a warning, for the proof has passed."""
     from onnxprune.verify.latency import compare
 
-    if not graph.model.source:
+    try:
+        return compare(original, pruned, threads=threads, shapes=shapes, seed=seed)
+    except ModelRejected as error:
+        warnings.append(f"latency was not measured: {error}")
         return None
-    return compare(graph.model.source, pruned, threads=threads, shapes=shapes, seed=seed)

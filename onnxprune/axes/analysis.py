@@ -116,6 +116,7 @@ class Analysis:
     verdicts: Verdicts
     contractions: dict[int, list[Contraction]]
     noted: dict[int, dict[str, Expr]]
+    exclude: tuple[str, ...] = ()
     seconds: float = 0.0
     arithmetic: set[int] = field(default_factory=set)
     covered: dict[str, float] = field(default_factory=dict)
@@ -172,6 +173,7 @@ def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclu
         covered=covered,
         _names=names,
     )
+    analysis.exclude = tuple(exclude)
     analysis.seconds = time.perf_counter() - start
     return analysis
 
@@ -250,6 +252,7 @@ class _Walk:
             inputs,
             [graph.values.get(n) if n else None for n in node.inputs],
             [graph.shapes.get(n) for n in node.outputs],
+            varying=[graph.varying.get(n) for n in node.inputs],
             shape_only=self.shape_only(node),
         )
         try:
@@ -365,9 +368,24 @@ class _Walk:
             first = self.uses[uses[0]]
             for use in uses[1:]:
                 pairs = list(zip(first, self.uses[use], strict=True))
-                if all(is_frozen(a) == is_frozen(b) for a, b in pairs):
+                arithmetic = any(self.is_static(self.graph.nodes[n]) for n, _ in (uses[0], use))
+                if arithmetic or all(is_frozen(a) == is_frozen(b) for a, b in pairs):
                     for a, b in pairs:
                         equal(a, b, Barrier(name, "initializer", f"'{name}' is used in several places"))
+
+    def is_static(self, node: Node) -> bool:
+        """Arithmetic among parameters alone."""
+        return all(n in self.graph.static for n in node.outputs)
+
+    def consuming(self, node: Node) -> list[Contraction]:
+        """Contractions in which a parameter consumes what another tensor produces. Where all operands are parameters
+        (a weight's norm), they produce."""
+        static = self.graph.static
+        return [
+            c
+            for c in self.contractions.get(node.index, ())
+            if any(node.inputs[i] not in static for i, _ in c.operands) or c.kind is Kind.STATE
+        ]
 
     def solve(self) -> Solution:
         """No equation is stated any more: put every axis into its canonical form."""
@@ -394,7 +412,7 @@ def _groups(walk: _Walk, verdicts: Verdicts, solution: Solution) -> tuple[Group,
             if not free:
                 continue
             assert operator is not None
-            gone = consumed(walk.contractions.get(n, ()), i, k, solution)
+            gone = consumed(walk.consuming(node), i, k, solution)
             for atom in dict.fromkeys(a for a in atoms(expr) if a in free):
                 role = FOLLOWS if i in operator.keeps else CONSUMES if atom in gone else PRODUCES
                 members.setdefault(atom, []).append(Member(name, (n, i), k, role))

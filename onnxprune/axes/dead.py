@@ -143,7 +143,7 @@ class _Interpreter:
         at all for the tensors that a concatenation joins."""
         found: list[float | None] = []
         for i, name in enumerate(node.inputs):
-            value = self.graph.values.get(name)
+            value = None if name in self.graph.varying else self.graph.values.get(name)
             joined = operator is not None and operator.joins and (i == 0 or value is None or value.size != 1)
             found.append(math.nan if joined else self.uniform(value))
         return found

@@ -123,6 +123,7 @@ class Graph:
 
     shapes: per tensor, the sizes under `pins` (None for a size that isn't known); a tensor of unknown rank is absent.
     values: tensors whose value is known without running the model: shape arithmetic and small constants.
+    varying: of those, the elements that depend on a symbolic size, so that they must not be taken for constants.
     static: tensors that don't depend on a graph input.
     """
 
@@ -135,6 +136,7 @@ class Graph:
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     values: dict[str, np.ndarray] = field(default_factory=dict)
+    varying: dict[str, np.ndarray] = field(default_factory=dict)
     static: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 

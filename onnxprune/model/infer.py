@@ -110,20 +110,51 @@ def infer(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int
     pins: sizes of symbolic dimensions by name, for those that the caller knows. The others are tried until shapes fit.
     """
     given = dict(pins or {})
-    first: Graph | None = None
-    base = index_graph(model)
-    for candidate in islice(pin_candidates(base), PIN_TRIES):
-        graph = index_graph(model) if first is not None else base
-        graph.pins = {**candidate, **given}
-        _Inference(graph, registry).run()
-        if not graph.problems:
-            return graph
-        if first is None or len(graph.problems) < len(first.problems):
-            first = graph
-        if not candidate:
+    best: Graph | None = None
+    for candidate in islice(pin_candidates(index_graph(model)), PIN_TRIES):
+        graph = _run(model, registry, {**candidate, **given})
+        if best is None or len(graph.problems) < len(best.problems):
+            best = graph
+        if not best.problems or not candidate:
             break
-    assert first is not None
-    return first
+    assert best is not None
+    if best.pins:
+        best.varying = _varying(best, registry)
+    return best
+
+
+def _run(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int]) -> Graph:
+    graph = index_graph(model)
+    graph.pins = pins
+    _Inference(graph, registry).run()
+    return graph
+
+
+def _varying(graph: Graph, registry: Mapping[str, Operator]) -> dict[str, np.ndarray]:
+    """Which elements of known values are other ones when every symbolic size is another one.
+
+    Where no other sizes fit the model, everything that is computed from an input's shape counts as varying.
+    """
+    for candidate in islice(pin_candidates(graph, batch=(7, 3)), 8):
+        if any(candidate[k] == n for k, n in graph.pins.items() if k in candidate):
+            continue
+        other = _run(graph.model, registry, candidate)
+        if len(other.problems) <= len(graph.problems):
+            found = ((name, _differs(value, other.values.get(name))) for name, value in graph.values.items())
+            return {name: mask for name, mask in found if mask.any()}
+    return {n: np.ones(v.shape, bool) for n, v in graph.values.items() if n not in graph.static}
+
+
+def _differs(a: np.ndarray, b: np.ndarray | None) -> np.ndarray:
+    """Elements of `a` that are others in `b`. A tensor of one number throughout is the same whatever its shape."""
+    if b is None or a.dtype != b.dtype:
+        return np.ones(a.shape, bool)
+    if a.shape != b.shape:
+        same = a.size > 0 and b.size > 0 and bool(np.all(a == a.flat[0]) and np.all(b == a.flat[0]))
+        return np.full(a.shape, not same)
+    if a is b:
+        return np.zeros(a.shape, bool)
+    return np.asarray((a != b) & ~((a != a) & (b != b)))
 
 
 class _Inference:

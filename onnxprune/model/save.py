@@ -32,14 +32,13 @@ def place(path: Path, produce: Callable[[Path], None]) -> None:
 
     Data files are moved before the model that refers to them.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent or ".") as folder:
-            produce(Path(folder) / path.name)
-            made = sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name)
-            for file in made:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent or ".") as folder:
+        produce(Path(folder) / path.name)
+        try:
+            for file in sorted(Path(folder).iterdir(), key=lambda p: p.name == path.name):
                 os.replace(file, path.parent / file.name)
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror or error}") from None
+        except OSError as error:
+            raise UsageError(f"{path} can't be written: {error.strerror or error}") from None
 
 
 def write(model: Model, path: Path, *, external: bool | None = None) -> int:

@@ -134,7 +134,7 @@ def _unary(name: str, f: Callable[[Any], Any]) -> Operator:
 
 
 def _with(name: str, evaluate: Evaluate, axes: Any = first_input_axes) -> Operator:
-    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate)
+    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape)
 
 
 def _binary(name: str, f: Callable[..., Any], dead: Any = None, **more: Any) -> Operator:

@@ -23,8 +23,8 @@ def shape_axes(c: AxisContext) -> None:
 
 def filled_axes(c: AxisContext) -> None:
     """A ConstantOfShape is free to have any size that its readers want."""
-    sizes = c.known(0, "the sizes")
-    c.output(*(c.fresh(int(n)) for n in np.asarray(sizes).reshape(-1)))
+    sizes = c.pinned(0, "the sizes").reshape(-1)
+    c.output(*(c.fresh(int(n)) if c.constant(0, k) else c.frozen(int(n)) for k, n in enumerate(sizes)))
 
 
 def patch_filled(p: PatchContext) -> None:

@@ -55,7 +55,7 @@ def _reshape_unknown(
 
 def reshape_axes(c: AxisContext) -> None:
     if c.node.opset >= 5:
-        c.known(1, "the target sizes")
+        c.pinned(1, "the target sizes")
     c.output(*reshape(c, c.axes(0), c.output_shape()))
 
 
@@ -119,11 +119,15 @@ def unsqueeze_axes(c: AxisContext) -> None:
 
 def expand_axes(c: AxisContext) -> None:
     """A repeated axis is fresh: grouped-query attention falls out of it."""
-    c.known(1, "the target sizes")
+    target = c.pinned(1, "the target sizes").reshape(-1)
     x, sizes = c.axes(0), c.output_shape()
     padded = [c.frozen(1)] * (len(sizes) - len(x)) + list(x)
-    pairs = zip(padded, sizes, strict=True)
-    c.output(*(e if e.size == n else c.frozen(n) if n is None else c.fresh(n) for e, n in pairs))
+    repeated = [k + len(target) - len(sizes) for k in range(len(sizes))]
+    out = []
+    for expr, n, k in zip(padded, sizes, repeated, strict=True):
+        fresh = n is not None and k >= 0 and c.constant(1, k)
+        out.append(expr if expr.size == n else c.fresh(n or 0) if fresh else c.frozen(n))
+    c.output(*out)
 
 
 def patch_expand(p: PatchContext) -> None:
@@ -135,8 +139,8 @@ def patch_expand(p: PatchContext) -> None:
 
 
 def tile_axes(c: AxisContext) -> None:
-    repeats = [int(r) for r in np.asarray(c.known(1, "the repeats")).reshape(-1)]
-    copies = [c.fresh(r) if r > 1 else c.frozen(r) for r in repeats]
+    repeats = [int(r) for r in c.pinned(1, "the repeats").reshape(-1)]
+    copies = [c.fresh(r) if r > 1 and c.constant(1, k) else c.frozen(r) for k, r in enumerate(repeats)]
     for k, copy in enumerate(copies):
         c.note(f"repeat{k}", copy)
     c.output(*(c.product(copy, e) for copy, e in zip(copies, c.axes(0), strict=True)))
@@ -150,6 +154,7 @@ def patch_tile(p: PatchContext) -> None:
 
 def depth_to_space_axes(c: AxisContext) -> None:
     x, b = c.axes(0), int(c.attr("blocksize"))
+    c.freeze("a spatial axis", *x[2:])
     out = c.fresh(x[1].size // (b * b))
     blocks = [c.frozen(b, "a pixel shuffle's block"), c.frozen(b, "a pixel shuffle's block")]
     order = [*blocks, out] if c.attr("mode", "DCR") == "DCR" else [out, *blocks]
@@ -159,6 +164,7 @@ def depth_to_space_axes(c: AxisContext) -> None:
 
 def space_to_depth_axes(c: AxisContext) -> None:
     x, b = c.axes(0), int(c.attr("blocksize"))
+    c.freeze("a spatial axis", *x[2:])
     block = c.frozen(b * b, "a pixel shuffle's block")
     c.output(x[0], c.product(block, x[1]), *(c.frozen(n, "a spatial axis") for n in c.output_shape()[2:]))
 

@@ -180,7 +180,7 @@ OPERATORS = (
     Operator("BatchNormalization", batch_norm_axes, batch_norm_dead, keeps=frozenset({3, 4}), gamma=1),
     Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2)),
     Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2)),
-    Operator("RMSNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1)),
+    Operator("RMSNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input),
     Operator(
         "SimplifiedLayerNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input
     ),
@@ -192,11 +192,11 @@ OPERATORS = (
         patch=patch_rms(-1, 2),
         shape=skip_shape,
     ),
-    Operator("GroupNormalization", group_norm_axes, affine_dead(1, 2), patch=patch_group_norm),
+    Operator("GroupNormalization", group_norm_axes, affine_dead(1, 2), patch=patch_group_norm, shape=_as_input),
     Operator("Softmax", softmax_axes),
     Operator("LogSoftmax", softmax_axes),
     Operator("Hardmax", softmax_axes, discrete=True),
     Operator("LRN", lrn_axes, zero_stays),
     Operator("LpNormalization", lp_normalization_axes, zero_stays),
-    Operator("MeanVarianceNormalization", mean_variance_axes),
+    Operator("MeanVarianceNormalization", mean_variance_axes, shape=_as_input),
 )

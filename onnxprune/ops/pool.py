@@ -23,7 +23,7 @@ def spatial_axes(c: AxisContext) -> None:
 def resize_axes(c: AxisContext) -> None:
     """An axis that keeps its size passes: only spatial axes are ever resized."""
     if c.has(3):
-        c.known(3, "the target sizes")
+        c.pinned(3, "the target sizes")
     x, sizes = c.axes(0), c.output_shape()
     out = []
     for expr, n in zip(x, sizes, strict=True):

@@ -34,6 +34,7 @@ def recurrent_axes(c: AxisContext) -> None:
     if c.has(3):
         both = c.frozen(2 * gates, "the gates of a recurrent cell")
         c.equal(c.axes(3)[1], c.product(both, hidden))
+        c.freeze("the directions of a recurrent cell", c.axes(3)[0])
     c.freeze("the directions of a recurrent cell", w[0], r[0])
     batch_first = bool(c.attr("layout", 0))
     for i in (5, 6):
@@ -42,6 +43,7 @@ def recurrent_axes(c: AxisContext) -> None:
             c.freeze("the directions of a recurrent cell", c.axes(i)[1 if batch_first else 0])
     if c.has(7):
         c.equal(c.axes(7)[1], c.product(c.frozen(3, "the gates of a recurrent cell"), hidden))
+        c.freeze("the directions of a recurrent cell", c.axes(7)[0])
     if transposed:
         per_row(c, rows, gates, hidden)
     seq, batch = (x[1], x[0]) if batch_first else (x[0], x[1])

@@ -87,6 +87,7 @@ class AxisContext:
     output_shapes: Sequence[tuple[int | None, ...] | None]
     outputs: list[tuple[Expr, ...] | None] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    varying: Sequence[np.ndarray | None] = ()
     shape_only: bool = False  # nothing but the outputs' shapes is ever read
     used: set[int] = field(default_factory=set)
     noted: dict[str, Expr] = field(default_factory=dict)
@@ -117,14 +118,27 @@ class AxisContext:
         return len(self.axes(i))
 
     def value(self, i: int) -> np.ndarray | None:
-        """Value of input i where it is known without running the model."""
-        return self.values[i] if i < len(self.values) else None
+        """Value of input i where it is known without running the model, and the same for all sizes of the inputs."""
+        varies = self.varying[i] if i < len(self.varying) else None
+        return self.values[i] if i < len(self.values) and varies is None else None
+
+    def pinned(self, i: int, what: str) -> np.ndarray:
+        """As `known`, where it does not matter that the value may depend on the sizes of the inputs."""
+        value = self.values[i] if i < len(self.values) else None
+        if value is None:
+            raise GiveUp(f"{what} are computed from the data")
+        return value
+
+    def constant(self, i: int, k: int) -> bool:
+        """True where element k of the known input i is the same for all sizes of the inputs."""
+        varies = self.varying[i] if i < len(self.varying) else None
+        return varies is None or not bool(varies.reshape(-1)[k])
 
     def known(self, i: int, what: str) -> np.ndarray:
         """As `value`, but the node is given up where it is unknown."""
         value = self.value(i)
         if value is None:
-            raise GiveUp(f"{what} are computed from the data")
+            raise GiveUp(f"{what} are computed from the data or from a dynamic size")
         return value
 
     def output_shape(self, j: int = 0) -> tuple[int | None, ...]:

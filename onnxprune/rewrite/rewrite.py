@@ -82,6 +82,13 @@ class _Rewrite:
         name = node.outputs[j]
         return self.masks(name, self.analysis.axes.get(name, ()))
 
+    def size(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor in the original; -1 for a size that isn't known."""
+        known = self.graph.shapes.get(name)
+        if known is None:
+            return tuple(e.size for e in self.analysis.axes.get(name, ()))
+        return tuple(-1 if n is None else n for n in known)
+
     def touched(self, node: Node) -> bool:
         if any(m is not None for i, n in enumerate(node.inputs) if n for m in self.input_masks(node, i)):
             return True
@@ -136,7 +143,7 @@ class _Rewrite:
             return
         if operator.from_shape is not None:
             masks = self.input_masks(node, 0)
-            before = self.graph.shapes[node.inputs[0]]
+            before = self.size(node.inputs[0])
             shape = tuple(n if m is None else len(m) for n, m in zip(before, masks, strict=True))
             results: Any = operator.from_shape(node, shape)
         elif operator.evaluate is not None:
@@ -236,7 +243,7 @@ class _Rewrite:
             found = [
                 (a, c)
                 for (n, a), c in self.analysis.verdicts.constants.items()
-                if n == node.index and a in self.keep and a in set(atoms(contraction.over))
+                if n == node.index and a in self.keep and a not in self.inexact and a in set(atoms(contraction.over))
             ]
             if found:
                 _fold(self, node, contraction, dict(found))
@@ -325,13 +332,13 @@ class _Patch:
         return self.work.output_masks(self.node, j)[axis]
 
     def before(self, i: int) -> tuple[int, ...]:
-        return self.work.graph.shapes[self.node.inputs[i]]  # type: ignore[return-value]
+        return self.work.size(self.node.inputs[i])
 
     def after(self, i: int) -> tuple[int, ...]:
         return _shrunk(self.before(i), self.work.input_masks(self.node, i))
 
     def before_out(self, j: int = 0) -> tuple[int, ...]:
-        return self.work.graph.shapes[self.node.outputs[j]]  # type: ignore[return-value]
+        return self.work.size(self.node.outputs[j])
 
     def after_out(self, j: int = 0) -> tuple[int, ...]:
         return _shrunk(self.before_out(j), self.work.output_masks(self.node, j))

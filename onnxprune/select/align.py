@@ -8,8 +8,9 @@ from pathlib import Path
 from onnxprune.axes.analysis import Analysis, Group
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, resolve
 from onnxprune.errors import UsageError
+from onnxprune.select.plan import Plan
 
-__all__ = ["DEPLOYMENTS", "block_size", "steps"]
+__all__ = ["DEPLOYMENTS", "aligned_counts", "block_size", "steps"]
 
 DEPLOYMENTS = ("ort-cpu", "openvino", "tensorrt", "none")
 
@@ -40,6 +41,14 @@ def steps(analysis: Analysis, groups: list[Group], align: int) -> dict[str, int]
     A head of 64 channels is whole blocks already: its step is 1.
     """
     return {g.id: align // gcd(align, _width(analysis, g)) for g in groups}
+
+
+def aligned_counts(analysis: Analysis, plan: Plan, align: int) -> tuple[int, int, int, int]:
+    """(aligned, all) groups before, and (aligned, all) after: those whose axes are whole blocks."""
+    step = steps(analysis, list(analysis.groups), align)
+    before = sum(g.size % step[g.id] == 0 for g in analysis.groups)
+    after = sum(len(plan.keep.get(g.id, range(g.size))) % step[g.id] == 0 for g in analysis.groups)
+    return before, len(analysis.groups), after, len(analysis.groups)
 
 
 def _width(analysis: Analysis, group: Group) -> int:

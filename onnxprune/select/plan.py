@@ -12,7 +12,7 @@ from onnxprune.axes.analysis import Analysis, Group
 from onnxprune.axes.expr import Atom
 from onnxprune.errors import ModelRejected
 
-__all__ = ["METADATA_KEY", "Plan", "plan_from_text", "plan_to_text"]
+__all__ = ["METADATA_KEY", "Plan", "plan_from_text", "plan_to_text", "stored_settings"]
 
 METADATA_KEY = "onnxprune.plan"
 SCHEMA = 1
@@ -64,8 +64,8 @@ def plan_to_text(plan: Plan, analysis: Analysis) -> str:
         }
         for g in plan.pruned(analysis)
     ]
-    pins = dict(analysis.graph.pins)
-    return json.dumps({"schema": SCHEMA, "groups": groups, "pins": pins}, separators=(",", ":"))
+    settings = {"pins": dict(analysis.graph.pins), "exclude": list(analysis.exclude)}
+    return json.dumps({"schema": SCHEMA, "groups": groups, **settings}, separators=(",", ":"))
 
 
 def plan_from_text(text: str, analysis: Analysis) -> Plan:
@@ -89,9 +89,11 @@ def plan_from_text(text: str, analysis: Analysis) -> Plan:
     return Plan(keep)
 
 
-def stored_pins(text: str) -> dict[str, int]:
-    """The sizes of symbolic dimensions under which the plan was made."""
+def stored_settings(text: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """What the analysis behind a stored plan was given: sizes of symbolic dimensions, and names to leave alone."""
     try:
-        return {str(k): int(v) for k, v in json.loads(text).get("pins", {}).items()}
+        document = json.loads(text)
+        pins = {str(k): int(v) for k, v in document.get("pins", {}).items()}
+        return pins, tuple(map(str, document.get("exclude", ())))
     except (json.JSONDecodeError, AttributeError, ValueError, TypeError):
-        return {}
+        raise ModelRejected("the plan stored in the pruned model can't be read") from None

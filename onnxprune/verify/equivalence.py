@@ -14,7 +14,7 @@ from onnx import TensorProto
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.expr import kept
 from onnxprune.errors import ModelRejected, VerificationFailed
-from onnxprune.model.graph import Model
+from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import open_model
 from onnxprune.model.save import to_proto, write
 from onnxprune.result import Verification
@@ -28,18 +28,26 @@ from onnxprune.verify.runs import feeds_that_run, run, session
 __all__ = ["TOLERANCES", "check", "prove", "tolerance"]
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 4e-2, "int8": 5e-2}
-_QUANTISED = ("QuantizeLinear", "QLinear", "DynamicQuantize", "ConvInteger", "MatMulInteger", "MatMulNBits", "QGemm")
+_ROUNDING = (
+    "QuantizeLinear",
+    "QLinear",
+    "DynamicQuantize",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulNBits",
+    "QGemm",
+)
 
 
-def tolerance(model: Model) -> float:
-    """Largest error, relative to the largest output, that rounding explains, by the model's number formats."""
-    types = {t.data_type for t in model.proto.graph.initializer}
-    types |= {i.type.tensor_type.elem_type for i in model.proto.graph.input}
-    if any(q in n.op_type for n in model.proto.graph.node for q in _QUANTISED):
+def tolerance(graph: Graph) -> float:
+    """Largest error, relative to the largest output, that rounding explains, by the formats that the model computes
+    in. Weights that are only stored in a smaller format are no excuse."""
+    if any(n.proto.op_type.startswith(_ROUNDING) for n in graph.nodes):
         return TOLERANCES["int8"]
-    if TensorProto.BFLOAT16 in types:
+    computed = {graph.types.get(o) for n in graph.nodes for o in n.outputs if o not in graph.static}
+    if TensorProto.BFLOAT16 in computed:
         return TOLERANCES["bfloat16"]
-    return TOLERANCES["float16" if TensorProto.FLOAT16 in types else "float32"]
+    return TOLERANCES["float16" if TensorProto.FLOAT16 in computed else "float32"]
 
 
 def prove(
@@ -61,7 +69,7 @@ def prove(
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = Path(folder) / "masked.onnx"
         reference = masked(analysis, plan)
-        limit = tolerance(reference)
+        limit = tolerance(analysis.graph)
         write(reference, path)
         feeds, wanted = feeds_that_run(analysis.graph, session(path), seed, shapes)
         absolute, relative = _compare(pruned, feeds, wanted)

@@ -1,7 +1,7 @@
 """Where a model's outputs can't be compared: behind operators that select (NonMaxSuppression, TopK, ArgMax).
 
 A rounding error may change what they select, and everything behind them. There the proof is taken at the tensors
-that go into the first selecting operator on every path, as long as all of the surgery lies in front of them.
+where the data first meets a selection, on every path, as long as all of the surgery lies in front of them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ def find_probes(analysis: Analysis, plan: Plan) -> Probes | None:
     behind = _behind_selection(analysis)
     if not behind:
         return None
-    tensors = [
-        name for node in graph.nodes if _selects(analysis, node) for name in _floats(graph, node) if name not in behind
-    ]
+    border = [node for node in graph.nodes if any(n in behind for n in node.outputs)]
+    tensors = [name for node in border for name in _floats(graph, node) if name not in behind]
     probes = Probes(tuple(dict.fromkeys(tensors)), tuple(o for o in graph.outputs if o not in behind))
     reached = _ancestors(graph, {*probes.tensors, *probes.outputs})
     keep = plan.by_atom(analysis)
-    outside = any(_touched(analysis, k, keep) for k in range(len(graph.nodes)) if k not in reached)
+    outside = any(
+        _touched(analysis, n.index, keep) for n in graph.nodes if n.index not in reached and not _known(graph, n)
+    )
     return None if outside or not (probes.tensors or probes.outputs) else probes
+
+
+def _known(graph: Graph, node: Node) -> bool:
+    """Shape arithmetic, which computes nothing from the data."""
+    return all(n in graph.values for n in node.outputs)
 
 
 def _floats(graph: Graph, node: Node) -> list[str]:
