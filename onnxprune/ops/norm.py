@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import prod, sqrt
 
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
 
@@ -106,6 +106,38 @@ def skip_shape(node, inputs):
     return [x, None, None, x][: len(node.outputs)]
 
 
+def mask_norm(kind: Kind, first: int | None, gamma: int, beta: int | None, default_epsilon: float = 1e-5):
+    """The normalisation, spelled out, over the kept units of the axes from `first` on (None: `axis`, or the last).
+
+    Of a normalisation with channels in front (InstanceNormalization), gamma and beta are laid along axis 1.
+    """
+
+    def mask(m: MaskContext) -> None:
+        if any(m.node.outputs[1:]):
+            raise GiveUp("further outputs of a normalisation")
+        rank = m.rank(0)
+        start = int(m.node.attributes.get("axis", -1)) % rank if first is None else first
+        axes = list(range(start, rank))
+        kept = m.constant(m.mask(0))
+        count = m.constant(1.0 / (m.kept_fraction(0) * m.size(0, axes)))
+        epsilon = m.constant(m.node.attributes.get("epsilon", default_epsilon))
+        x = m.before("Mul", [m.node.inputs[0], kept])
+        if kind is Kind.NORM:
+            mean = m.before("Mul", [m.summed(x, axes), count])
+            x = m.before("Mul", [m.before("Sub", [x, mean]), kept])
+        square = m.before("Mul", [m.summed(m.before("Mul", [x, x]), axes), count])
+        y = m.before("Div", [x, m.before("Sqrt", [m.before("Add", [square, epsilon])])])
+        affine = [m.node.inputs[i] if m.has(i) else "" for i in (gamma, beta) if i is not None]
+        if first is not None:
+            affine = [m.laid(i, 1) for i in (gamma, beta) if i is not None]
+        if len(affine) > 1 and affine[1]:
+            m.become("Add", [m.before("Mul", [y, affine[0]]), affine[1]])
+        else:
+            m.become("Mul", [y, affine[0]])
+
+    return mask
+
+
 def patch_rms(first: int, gamma: int):
     """gamma / sqrt(q) and epsilon / q where the removed units vanish exactly."""
 
@@ -178,9 +210,16 @@ def _as_input(node, inputs):
 
 OPERATORS = (
     Operator("BatchNormalization", batch_norm_axes, batch_norm_dead, keeps=frozenset({3, 4}), gamma=1),
-    Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2)),
-    Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2)),
-    Operator("RMSNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input),
+    Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2), mask=mask_norm(Kind.NORM, 2, 1, 2)),
+    Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2), mask=mask_norm(Kind.NORM, None, 1, 2)),
+    Operator(
+        "RMSNormalization",
+        layer_norm(Kind.RMS),
+        affine_dead(1, 2),
+        patch=patch_rms(-1, 1),
+        shape=_as_input,
+        mask=mask_norm(Kind.RMS, None, 1, None),
+    ),
     Operator(
         "SimplifiedLayerNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input
     ),

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.ops.layout import listed_axes
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, MaskRule, NodeView, PatchContext, PatchRule
 
 __all__ = ["OPERATORS"]
 
@@ -50,6 +50,22 @@ def patch_mean(since: int):
     return patch
 
 
+def mask_mean(m: MaskContext) -> None:
+    """The mean of the kept units is that over all, the removed ones being zero, but for the count."""
+    m.replace_input(0, m.before("Mul", [m.node.inputs[0], m.constant(m.mask(0))]))
+    m.scale_output(1 / m.kept_fraction(0))
+
+
+def mask_extreme(neutral: float):
+    """Removed units get a value that can't win."""
+
+    def mask(m: MaskContext) -> None:
+        kept = m.before("Mul", [m.node.inputs[0], m.constant(m.mask(0))])
+        m.replace_input(0, m.before("Add", [kept, m.constant((1 - m.mask(0)) * neutral)]))
+
+    return mask
+
+
 def same_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
     """Over other axes, all the reduced values are the unit's constant."""
     return states[0]
@@ -80,21 +96,33 @@ def _reducer(f: Any) -> Any:
     return evaluate
 
 
-def _reduction(name: str, kind: Kind, since: int, f: Any = None, dead: Any = zero_dead, patch: Any = None) -> Operator:
-    return Operator(name, reduce_axes(kind, since), dead, patch=patch, evaluate=_reducer(f) if f else None)
+def _reduction(
+    name: str,
+    kind: Kind,
+    since: int,
+    f: Any = None,
+    dead: Any = zero_dead,
+    patch: PatchRule | None = None,
+    mask: MaskRule | None = None,
+) -> Operator:
+    evaluate = _reducer(f) if f else None
+    return Operator(name, reduce_axes(kind, since), dead, patch=patch, mask=mask, evaluate=evaluate)
+
+
+BIG = 3e4  # beyond what activations reach, and within what float16 holds
 
 
 OPERATORS = (
     _reduction("ReduceSum", Kind.SUM, 13, np.sum),
-    _reduction("ReduceMean", Kind.MEAN, 18, np.mean, same_dead, patch_mean(18)),
-    _reduction("ReduceMax", Kind.EXTREME, 18, np.max, same_dead),
-    _reduction("ReduceMin", Kind.EXTREME, 18, np.min, same_dead),
-    _reduction("ReduceProd", Kind.EXTREME, 18, np.prod),
+    _reduction("ReduceMean", Kind.MEAN, 18, np.mean, same_dead, patch_mean(18), mask_mean),
+    _reduction("ReduceMax", Kind.EXTREME, 18, np.max, same_dead, mask=mask_extreme(-BIG)),
+    _reduction("ReduceMin", Kind.EXTREME, 18, np.min, same_dead, mask=mask_extreme(BIG)),
+    _reduction("ReduceProd", Kind.EXTREME, 18, np.prod, mask=mask_extreme(1.0)),
     _reduction("ReduceL1", Kind.SUM, 18),
     _reduction("ReduceL2", Kind.SUM, 18),
     _reduction("ReduceSumSquare", Kind.SUM, 18),
     Operator("ReduceLogSum", reduce_axes(Kind.SUM, 18)),
-    Operator("ReduceLogSumExp", reduce_axes(Kind.EXTREME, 18)),
+    Operator("ReduceLogSumExp", reduce_axes(Kind.EXTREME, 18), mask=mask_extreme(-BIG)),
     Operator("ArgMax", arg_axes, discrete=True),
     Operator("ArgMin", arg_axes, discrete=True),
 )

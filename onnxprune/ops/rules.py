@@ -22,6 +22,7 @@ __all__ = [
     "GiveUp",
     "Kind",
     "MacsRule",
+    "MaskContext",
     "MaskRule",
     "NodeView",
     "PatchContext",
@@ -270,12 +271,56 @@ class PatchContext(Protocol):
         """Multiply output j by a constant (a node is inserted)."""
 
 
+class MaskContext(Protocol):
+    """One reduction over the axis of an inexact group, in the masked original: its rule builds nodes that leave the
+    removed units out."""
+
+    @property
+    def node(self) -> NodeView: ...
+
+    def rank(self, i: int) -> int:
+        """Rank of input i."""
+
+    def has(self, i: int) -> bool:
+        """True where input i is present."""
+
+    def constant(self, value: Any, like: int = 0) -> str:
+        """A constant of the type of input `like`; returns its name."""
+
+    def mask(self, i: int) -> np.ndarray:
+        """1 for kept and 0 for removed indices, broadcastable to input i."""
+
+    def size(self, i: int, axes: Sequence[int]) -> int:
+        """Number of elements over these axes of input i, before the mask."""
+
+    def laid(self, i: int, axis: int) -> str:
+        """Input i, a vector, in a shape that broadcasts along an axis of input 0."""
+
+    def kept_fraction(self, i: int) -> float:
+        """Share of kept indices over the masked axes of input i."""
+
+    def before(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Insert a node in front; returns its output."""
+
+    def summed(self, x: str, axes: Sequence[int]) -> str:
+        """Insert a sum over axes, which are kept with size 1."""
+
+    def replace_input(self, i: int, name: str) -> None:
+        """Let the node read another tensor."""
+
+    def become(self, op: str, inputs: Sequence[str]) -> None:
+        """Turn the node itself into another one."""
+
+    def scale_output(self, factor: float) -> None:
+        """Multiply the output by a constant."""
+
+
 Term: TypeAlias = tuple[float, tuple[Expr, ...]]
 AxisRule: TypeAlias = Callable[[AxisContext], None]
 DeadRule: TypeAlias = Callable[[NodeView, Sequence["float | None"]], "float | None"]
 PatchRule: TypeAlias = Callable[[PatchContext], None]
 MacsRule: TypeAlias = Callable[[NodeView, Sequence["tuple[Expr, ...]"], Sequence["tuple[Expr, ...]"]], list[Term]]
-MaskRule: TypeAlias = Callable[..., Any]
+MaskRule: TypeAlias = Callable[[MaskContext], None]
 ShapeRule: TypeAlias = Callable[
     [NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
     Sequence["tuple[int, tuple[int | None, ...]] | None"],

@@ -8,18 +8,19 @@ over its axis are taken over the kept units only, so that the surgery is proved 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxprune.axes.analysis import NEEDS_MASK, Analysis, Group
 from onnxprune.axes.dead import CONSUMES, FOLLOWS, INEXACT, Use
 from onnxprune.axes.expr import Atom, atoms, kept
 from onnxprune.model.graph import Model, Node
 from onnxprune.model.payload import dtype_of
-from onnxprune.ops.rules import Contraction, Kind
+from onnxprune.ops.rules import Kind
 from onnxprune.rewrite.edit import Change, Edit
 from onnxprune.select.plan import Plan
 
@@ -35,9 +36,8 @@ def masked(analysis: Analysis, plan: Plan) -> Model:
         _zero(analysis, edit, use, axes, keep)
     inexact = {g.atom: keep[g.atom] for g in pruned if g.kind == INEXACT}
     if inexact:
-        for node in analysis.graph.nodes:
-            for contraction in analysis.contractions.get(node.index, ()):
-                _mask(analysis, edit, node, contraction, inexact)
+        for k in analysis.contractions:
+            _mask(analysis, edit, analysis.graph.nodes[k], inexact)
     return edit.build()
 
 
@@ -101,45 +101,68 @@ def _aligned(zero: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class MaskContext:
-    """One reduction in the masked original: builds nodes that leave the removed units out."""
+class _Mask:
+    """One reduction in the masked original: see `ops.rules.MaskContext`."""
 
     analysis: Analysis
     edit: Edit
     node: Node
     masks: dict[tuple[int, int], np.ndarray]  # (input, axis) -> 1 for kept indices, 0 for removed ones
-    made: list[NodeProto] = field(default_factory=list)
 
     @property
     def new(self) -> NodeProto:
-        """The node as it will stand in the masked original."""
         return self.edit.nodes[self.node.index]
 
+    def rank(self, i: int) -> int:
+        return len(self.analysis.axes[self.node.inputs[i]])
+
+    def has(self, i: int) -> bool:
+        return i < len(self.node.inputs) and bool(self.node.inputs[i])
+
     def constant(self, value: Any, like: int = 0) -> str:
-        """A constant of the type of input `like`."""
         elem = self.analysis.graph.types[self.node.inputs[like]]
         return self.edit.constant("mask", np.asarray(value).astype(dtype_of(elem)))
 
     def mask(self, i: int) -> np.ndarray:
-        """1 and 0 in the shape of input i, broadcastable."""
-        rank = len(self.analysis.graph.shapes[self.node.inputs[i]])
-        result = np.ones([1] * rank)
+        result = np.ones([1] * self.rank(i))
         for (j, axis), mask in self.masks.items():
             if j == i:
-                shape = [1] * rank
+                shape = [1] * result.ndim
                 shape[axis] = -1
                 result = result * mask.reshape(shape)
         return result
 
+    def size(self, i: int, axes: Sequence[int]) -> int:
+        found = self.analysis.axes[self.node.inputs[i]]
+        return prod(found[k].size for k in axes)
+
+    def laid(self, i: int, axis: int) -> str:
+        shape = [1] * self.rank(0)
+        shape[axis] = -1
+        return self.before("Reshape", [self.new.input[i], self.edit.constant("shape", np.array(shape, np.int64))])
+
     def kept_fraction(self, i: int) -> float:
-        """Share of kept indices over all masked axes of input i."""
         return float(np.prod([m.mean() for (j, _), m in self.masks.items() if j == i]))
 
     def before(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """Insert a node in front; returns its output."""
         out = self.edit.name(f"{self.node.outputs[0]}_masked")
         self.edit.insert_before(self.node.index, op, list(inputs), out, **attributes)
         return out
+
+    def summed(self, x: str, axes: Sequence[int]) -> str:
+        imports = {o.domain: o.version for o in self.analysis.graph.model.proto.opset_import}
+        if imports.get("", imports.get("ai.onnx", 13)) < 13:
+            return self.before("ReduceSum", [x], axes=list(axes), keepdims=1)
+        return self.before("ReduceSum", [x, self.edit.constant("axes", np.array(axes, np.int64))], keepdims=1)
+
+    def replace_input(self, i: int, name: str) -> None:
+        self.new.input[i] = name
+
+    def become(self, op: str, inputs: Sequence[str]) -> None:
+        self.new.op_type, self.new.domain = op, ""
+        del self.new.attribute[:]
+        del self.new.input[:]
+        self.new.input.extend(inputs)
 
     def scale_output(self, factor: float) -> None:
         out = self.node.outputs[0]
@@ -148,29 +171,34 @@ class MaskContext:
         self.edit.insert_after(self.node.index, "Mul", [hidden, self.constant(factor)], out)
 
 
-def _mask(
-    analysis: Analysis, edit: Edit, node: Node, contraction: Contraction, inexact: dict[Atom, np.ndarray]
-) -> None:
-    gone = {a: inexact[a] for a in set(atoms(contraction.over)) if a in inexact}
-    if not gone or contraction.kind is Kind.STATE:
-        return
-    masks = {}
-    for i, axis in contraction.operands:
-        use = analysis.uses.get((node.index, i))
-        axes = use if use is not None else analysis.axes[node.inputs[i]]
-        mask = kept(axes[axis], gone)
-        if mask is not None and node.inputs[i] not in analysis.graph.parameters:
-            ones = np.zeros(axes[axis].size)
-            ones[mask] = 1.0
-            masks[i, axis] = ones
+def _mask(analysis: Analysis, edit: Edit, node: Node, inexact: dict[Atom, np.ndarray]) -> None:
+    """Leave the removed units of inexact groups out of everything that the node sums over."""
+    masks: dict[tuple[int, int], np.ndarray] = {}
+    kinds = set()
+    for contraction in analysis.contractions.get(node.index, ()):
+        gone = {a: inexact[a] for a in set(atoms(contraction.over)) if a in inexact}
+        if not gone or contraction.kind is Kind.STATE:
+            continue
+        for i, axis in contraction.operands:
+            use = analysis.uses.get((node.index, i))
+            axes = use if use is not None else analysis.axes[node.inputs[i]]
+            mask = kept(axes[axis], gone)
+            if mask is not None and node.inputs[i] not in analysis.graph.parameters:
+                ones = np.zeros(axes[axis].size)
+                ones[mask] = 1.0
+                masks[i, axis] = ones
+                kinds.add(contraction.kind)
     if not masks:
         return
-    context = MaskContext(analysis, edit, node, masks)
-    if contraction.kind in NEEDS_MASK:
+    context = _Mask(analysis, edit, node, masks)
+    if kinds & NEEDS_MASK:
         rule = analysis.registry[node.op].mask
         assert rule is not None, node.op
         rule(context)
         return
     i = min(i for i, _ in masks)
-    if analysis.graph.types[node.inputs[i]] in (1, 10, 11, 16):
+    if analysis.graph.types[node.inputs[i]] in _FLOATS:
         context.new.input[i] = context.before("Mul", [context.new.input[i], context.constant(context.mask(i), i)])
+
+
+_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
