@@ -209,10 +209,26 @@ class _Walk:
             self.visit(node)
         for name in graph.outputs:
             barrier = Barrier("", "output", f"graph output '{name}'")
+            if name in graph.sized:
+                self.keep_sizes(name, barrier)
             for expr in self.axes.get(name, ()):
                 freeze(expr, barrier)
             if name in graph.parameters:
                 self.uses[OUTPUT, graph.outputs.index(name)] = self.kept_whole(name, barrier)
+
+    def keep_sizes(self, name: str, barrier: Barrier) -> None:
+        """What is computed from sizes leaves the graph: the tensors whose sizes those are stay whole."""
+        pending, seen = [name], {name}
+        while pending:
+            producer = self.graph.producers.get(pending.pop())
+            operator = self.registry.get(producer.op) if producer is not None else None
+            for source in producer.inputs if producer is not None else ():
+                if operator is not None and operator.from_shape is not None:
+                    for expr in self.axes.get(source, ()):
+                        freeze(expr, barrier)
+                elif source in self.graph.sized and source not in seen:
+                    seen.add(source)
+                    pending.append(source)
 
     def whole(self, name: str, barrier: Barrier) -> None:
         """A tensor whose axes all stay."""
@@ -312,8 +328,7 @@ class _Walk:
         for i, axes in enumerate(context.inputs):
             if i not in context.used:
                 for expr in axes or ():
-                    if (node.index, i) in self.uses or node.op not in self.registry:
-                        freeze(expr, unused)
+                    freeze(expr, unused)
         if context.contractions:
             self.contractions[node.index] = context.contractions
         if context.noted:

@@ -173,9 +173,14 @@ class _Interpreter:
             found = [self.states.get(n, {}).get(atom) for n in names]
             if contraction.kind in (Kind.NORM, Kind.EXTREME):
                 self.verdicts.add(atom, INEXACT, f"{where} takes a {contraction.kind.value} over it")
-            elif only_parameters or any(s == 0 for s in found):
+            elif only_parameters or (0 in found and math.inf not in found):
                 self.verdicts.add(atom, COMPENSATED if rescaled else EXACT, f"{where} is rescaled" if rescaled else "")
-            elif contraction.fold and found[0] is not None and names[1] in self.graph.parameters:
+            elif (
+                contraction.fold
+                and found[0] is not None
+                and math.isfinite(found[0])
+                and names[1] in self.graph.parameters
+            ):
                 self.verdicts.add(atom, COMPENSATED, f"its constant is folded into the bias of {where}")
                 self.verdicts.constants[node.index, atom] = found[0]
             else:

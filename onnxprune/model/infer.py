@@ -232,6 +232,7 @@ class _Inference:
             shape = graph.shapes.get(node.inputs[0])
             if shape is not None and None not in shape:
                 self.know_value(node.outputs[0], operator.from_shape(node, shape))
+                graph.sized.add(node.outputs[0])
 
     def stored(self, node: Node, rule: Callable[..., object]) -> bool:
         """A Constant node, or a ConstantOfShape of constant size, is a parameter like an initializer."""
@@ -277,6 +278,7 @@ class _Inference:
                 self.know(name, self.graph.types.get(source, 0), self.graph.shapes[source])
             if source in self.graph.values:
                 self.know_value(name, self.graph.values[source])
+                self.graph.sized.add(name)
         return all(name in self.graph.shapes for name in node.outputs)
 
     def fold(self, node: Node, operator: Operator) -> bool:
@@ -306,6 +308,8 @@ class _Inference:
             self.know(name, elem, result.shape)
             if result.size <= VALUE_LIMIT:
                 self.know_value(name, result)
+                if any(n in self.graph.sized for n in node.inputs):
+                    self.graph.sized.add(name)
         return True
 
     def schema(self, node: Node) -> defs.OpSchema | None:
@@ -338,7 +342,7 @@ class _Inference:
             value = self.graph.values.get(name)
             if value is None or value.dtype.kind not in "iufb":
                 return None
-            self.proto_values[name] = numpy_helper.from_array(np.ascontiguousarray(value)).SerializeToString()
+            self.proto_values[name] = numpy_helper.from_array(np.asarray(value, order="C")).SerializeToString()
         return self.proto_values[name]
 
     def by_schema(self, node: Node) -> bool:

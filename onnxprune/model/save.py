@@ -19,7 +19,7 @@ from onnxprune.errors import UsageError
 from onnxprune.model.graph import Model
 from onnxprune.model.load import stored_tensors
 from onnxprune.model.payload import chunks, encode, nbytes
-from onnxprune.model.wire import varint
+from onnxprune.model.wire import INLINE_LIMIT, varint
 
 __all__ = ["EXTERNAL_FROM", "place", "to_proto", "write"]
 
@@ -134,7 +134,10 @@ def _write_external(model: Model, path: Path) -> int:
     proto.CopyFrom(model.proto)
     location = f"{path.name}.data"
     with (path.parent / location).open("wb") as file:
-        for tensor in _with_payload(proto.graph):
+        for tensor in list(_with_payload(proto.graph)):
+            if nbytes(tensor.data_type, tuple(tensor.dims)) <= INLINE_LIMIT:
+                _inline(model, tensor)  # sizes and positions, which shape inference reads
+                continue
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             offset = file.tell()
             length = _stream(model, tensor, file)

@@ -22,6 +22,7 @@ def packed_attention_axes(c: AxisContext) -> None:
     sizes = c.attr("qkv_hidden_sizes") or [w[1].size // 3] * 3
     if sizes[0] != sizes[1] or sizes[2] % heads or sizes[0] % heads:
         raise GiveUp("the projections are not a whole number of heads")
+    c.freeze("a softmax runs over it", x[1])
     h = c.note("heads", c.fresh(heads))
     d = c.fresh(sizes[0] // heads)
     if len(c.node.outputs) > 1 or c.has(4) or c.attr("do_rotary", 0) or not float(c.attr("scale", 0.0) or 0.0):
@@ -40,6 +41,7 @@ def packed_attention_axes(c: AxisContext) -> None:
         c.freeze("cached keys and values", past[0], past[3], past[4])
     if c.has(5) and len(c.axes(5)) == 4 and c.axes(5)[1].size == heads:
         c.equal(c.axes(5)[1], h)
+        c.freeze("a softmax runs over it", c.axes(5)[0], *c.axes(5)[2:])
     c.output(x[0], x[1], out)
     if len(c.node.outputs) > 1:
         c.output(c.frozen(2), x[0], h, c.frozen(c.output_shape(1)[3]), d, j=1)
@@ -73,12 +75,20 @@ def packed_attention_shape(node, inputs):
     return [(elem, (x[0], x[1], width)), (elem, (2, x[0], heads, total, width // heads))][: len(node.outputs)]
 
 
+def attended(c: AxisContext, length: int) -> tuple[tuple[Expr, ...], tuple[Expr, ...], tuple[Expr, ...]]:
+    """Query, key and value: one batch, and lengths that a softmax runs over."""
+    q, k, v = c.axes(0), c.axes(1), c.axes(2)
+    c.equal(q[0], k[0], v[0])
+    c.freeze("a softmax runs over it", q[length], k[length], v[length])
+    return q, k, v
+
+
 def multi_head_axes(c: AxisContext) -> None:
     """com.microsoft.MultiHeadAttention with query (B, S, h d), key (B, L, h d), value (B, L, h v)."""
     heads = int(c.attr("num_heads"))
     if not (c.has(1) and c.has(2)) or not (c.rank(0) == c.rank(1) == c.rank(2) == 3):
         raise GiveUp("packed or cached keys and values")
-    q, k, v = c.axes(0), c.axes(1), c.axes(2)
+    q, k, v = attended(c, 1)
     h = c.note("heads", c.fresh(heads))
     d, e = c.fresh(q[2].size // heads), c.fresh(v[2].size // heads)
     if not float(c.attr("scale", 0.0) or 0.0):
@@ -91,10 +101,12 @@ def multi_head_axes(c: AxisContext) -> None:
         c.equal(c.axes(3)[0], c.sum(q[2], k[2], v[2]))
     if c.has(5) and len(c.axes(5)) == 4 and c.axes(5)[1].size == heads:
         c.equal(c.axes(5)[1], h)
+        c.freeze("a softmax runs over it", c.axes(5)[0], *c.axes(5)[2:])
     for i in (6, 7):
         if c.has(i):
             c.equal(c.axes(i)[1], h)
             c.equal(c.axes(i)[3], d if i == 6 else e)
+            c.freeze("cached keys and values", c.axes(i)[0], c.axes(i)[2])
     c.output(q[0], q[1], v[2])
     for j, width in ((1, d), (2, e)):
         if len(c.node.outputs) > j and c.node.outputs[j]:
@@ -136,7 +148,7 @@ def grouped_query_axes(c: AxisContext) -> None:
     heads, shared = int(c.attr("num_heads")), int(c.attr("kv_num_heads"))
     if not (c.has(1) and c.has(2)):
         raise GiveUp("packed projections")
-    q, k, v = c.axes(0), c.axes(1), c.axes(2)
+    q, k, v = attended(c, 1)
     kv, repeat = c.note("kv", c.fresh(shared)), c.fresh(heads // shared)
     d = c.frozen(q[2].size // heads, "rotated or cached head width")
     c.note("heads", c.product(kv, repeat))
@@ -144,7 +156,9 @@ def grouped_query_axes(c: AxisContext) -> None:
     c.equal(k[2], v[2], c.product(kv, d))
     for i in (3, 4):
         if c.has(i):
-            c.equal(c.axes(i)[1], kv)
+            past = c.axes(i)
+            c.equal(past[1], kv)
+            c.freeze("cached keys and values", past[0], *past[2:])
     c.output(q[0], q[1], c.product(kv, repeat, d))
     for j in (1, 2):
         if len(c.node.outputs) > j and c.node.outputs[j]:
@@ -169,9 +183,10 @@ def rotary_axes(c: AxisContext) -> None:
     """RotaryEmbedding: pairs inside a head are rotated, heads pass. X is (B, h, S, d) or (B, S, h d)."""
     x = c.axes(0)
     if len(x) == 4:
-        c.freeze("a rotary embedding turns its pairs", x[3])
+        c.freeze("a rotary embedding turns its pairs", x[0], x[2], x[3])
         c.output(*x)
         return
+    c.freeze("a position", x[0], x[1])
     heads = int(c.attr("num_heads", 0))
     cos = c.axes(1 if c.node.op == "RotaryEmbedding" else 2)
     width = x[2].size // heads if heads else 2 * cos[-1].size
@@ -194,8 +209,8 @@ def patch_rotary(p: PatchContext) -> None:
 
 def onnx_attention_axes(c: AxisContext) -> None:
     """ai.onnx Attention: Q, K, V as (B, h, S, d), or (B, S, h d) with the head counts in attributes."""
-    q, k, v = c.axes(0), c.axes(1), c.axes(2)
-    flat = len(q) == 3
+    flat = c.rank(0) == 3
+    q, k, v = attended(c, 1 if flat else 2)
     heads = int(c.attr("q_num_heads")) if flat else q[1].size
     shared = int(c.attr("kv_num_heads")) if flat else k[1].size
     kv, repeat = c.note("kv", c.fresh(shared)), c.fresh(heads // shared)
@@ -218,10 +233,14 @@ def onnx_attention_axes(c: AxisContext) -> None:
         mask = c.axes(3)
         if len(mask) == 4 and mask[1].size == heads:
             c.equal(mask[1], qh)
+            c.freeze("a softmax runs over it", mask[0], *mask[2:])
+        else:
+            c.freeze("an attention mask", *mask)
     for i in (4, 5):
         if c.has(i):
             c.equal(c.axes(i)[1], kv)
             c.equal(c.axes(i)[3], d if i == 4 else e)
+            c.freeze("cached keys and values", c.axes(i)[0], c.axes(i)[2])
     c.output(*((q[0], q[1], c.product(qh, e)) if flat else (q[0], qh, q[2], e)))
     for j, width in ((1, d), (2, e)):
         if len(c.node.outputs) > j and c.node.outputs[j]:

@@ -50,13 +50,15 @@ def evaluated(evaluate: Evaluate) -> Callable[[NodeView, Sequence[float | None]]
             return None
         with np.errstate(all="ignore"):
             value = float(evaluate(node, *(np.float64(s) for s in states)))
-        return value if math.isfinite(value) else None
+            return value if math.isfinite(value) else math.inf
 
     return dead
 
 
 def multiplied(node: NodeView, states: Sequence[float | None]) -> float | None:
-    """Zero times anything is zero."""
+    """Zero times anything is zero, as long as that is no infinity."""
+    if any(s is not None and math.isinf(s) for s in states):
+        return None
     if any(s == 0 for s in states):
         return 0.0
     return None if any(s is None for s in states) else math.prod(s for s in states if s is not None)
@@ -67,7 +69,7 @@ def divided(node: NodeView, states: Sequence[float | None]) -> float | None:
     x, y = states
     if x == 0 and y != 0:
         return 0.0
-    return None if x is None or not y else x / y
+    return math.inf if y == 0 else None if x is None or y is None else x / y
 
 
 def chosen(node: NodeView, states: Sequence[float | None]) -> float | None:
@@ -134,12 +136,12 @@ def _unary(name: str, f: Callable[[Any], Any]) -> Operator:
 
 
 def _with(name: str, evaluate: Evaluate, axes: Any = first_input_axes) -> Operator:
-    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape)
+    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape, broadcasts=True)
 
 
 def _binary(name: str, f: Callable[..., Any], dead: Any = None, **more: Any) -> Operator:
     evaluate: Evaluate = lambda n, *xs: f(*xs)  # noqa: E731
-    return Operator(name, elementwise_axes, dead or evaluated(evaluate), evaluate=evaluate, **more)
+    return Operator(name, elementwise_axes, dead or evaluated(evaluate), evaluate=evaluate, broadcasts=True, **more)
 
 
 def _variadic(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -211,7 +213,7 @@ OPERATORS = (
     *(_unary(name, f) for name, f in UNARY.items()),
     _unary("Identity", lambda x: x),
     _unary("Dropout", lambda x: x),
-    Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast),
+    Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast, broadcasts=True),
     Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast),
     _with("LeakyRelu", lambda n, x: np.where(x < 0, _a(n, "alpha", 0.01) * x, x)),
     _with("Elu", lambda n, x: np.where(x < 0, _a(n, "alpha", 1) * np.expm1(x), x)),
@@ -239,7 +241,7 @@ OPERATORS = (
     _binary("Add", np.add),
     _binary("Sub", np.subtract),
     _binary("Mul", np.multiply, multiplied),
-    Operator("Div", elementwise_axes, divided, evaluate=_divide, keeps=frozenset({1})),
+    Operator("Div", elementwise_axes, divided, evaluate=_divide, broadcasts=True, keeps=frozenset({1})),
     _binary("Pow", lambda x, y: np.power(x, np.asarray(y).astype(np.asarray(x).dtype)), powered, keeps=frozenset({1})),
     Operator(
         "Mod",

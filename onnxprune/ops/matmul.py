@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,8 @@ def product_dead(a: int, b: int, *added: int):
 
     def dead(node: NodeView, states: Sequence[float | None]) -> float | None:
         terms = (states[k] for k in added if k < len(states) and node.inputs[k])
-        return 0.0 if (states[a] == 0 or states[b] == 0) and all(t == 0 for t in terms) else None
+        finite = math.inf not in (states[a], states[b])
+        return 0.0 if finite and 0 in (states[a], states[b]) and all(t == 0 for t in terms) else None
 
     return dead
 
@@ -191,7 +193,7 @@ def einsum_axes(c: AxisContext) -> None:
 
 
 def einsum_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
-    return 0.0 if any(s == 0 for s in states) else None
+    return 0.0 if 0 in states and math.inf not in states else None
 
 
 def _matmul_macs(a: int, b: int):
@@ -236,7 +238,14 @@ def nbits_shape(node, inputs):
 
 
 OPERATORS = (
-    Operator("MatMul", matmul_axes, product_dead(0, 1), _matmul_macs(0, 1), evaluate=lambda n, a, b: np.matmul(a, b)),
+    Operator(
+        "MatMul",
+        matmul_axes,
+        product_dead(0, 1),
+        _matmul_macs(0, 1),
+        evaluate=lambda n, a, b: np.matmul(a, b),
+        bias=2,
+    ),
     Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2),
     Operator(
         "MatMulInteger",

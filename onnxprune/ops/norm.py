@@ -163,6 +163,7 @@ def group_norm_axes(c: AxisContext) -> None:
     c.note("groups", g)
     if inner.size > 1:
         c.contract(Kind.NORM, (0, 1), over=inner, through=True)
+    c.freeze("a spatial axis", *x[2:])
     for i in (1, 2):
         axis = c.axes(i)[0]
         c.equal(axis, x[1] if axis.size == x[1].size else g)
@@ -209,7 +210,7 @@ def _as_input(node, inputs):
 
 
 OPERATORS = (
-    Operator("BatchNormalization", batch_norm_axes, batch_norm_dead, keeps=frozenset({3, 4}), gamma=1),
+    Operator("BatchNormalization", batch_norm_axes, batch_norm_dead, keeps=frozenset({3, 4}), gamma=1, broadcasts=True),
     Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2), mask=mask_norm(Kind.NORM, 2, 1, 2)),
     Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2), mask=mask_norm(Kind.NORM, None, 1, 2)),
     Operator(

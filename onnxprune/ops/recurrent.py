@@ -37,16 +37,20 @@ def recurrent_axes(c: AxisContext) -> None:
         c.freeze("the directions of a recurrent cell", c.axes(3)[0])
     c.freeze("the directions of a recurrent cell", w[0], r[0])
     batch_first = bool(c.attr("layout", 0))
+    seq, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
+    c.freeze("a recurrent cell runs over it", seq)
+    if c.has(4):
+        c.equal(c.axes(4)[0], batch)
     for i in (5, 6):
         if c.has(i):
             c.equal(c.axes(i)[2], hidden)
+            c.equal(c.axes(i)[0 if batch_first else 1], batch)
             c.freeze("the directions of a recurrent cell", c.axes(i)[1 if batch_first else 0])
     if c.has(7):
         c.equal(c.axes(7)[1], c.product(c.frozen(3, "the gates of a recurrent cell"), hidden))
         c.freeze("the directions of a recurrent cell", c.axes(7)[0])
     if transposed:
         per_row(c, rows, gates, hidden)
-    seq, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
     states: list[tuple[Expr, ...]] = [(batch, w[0], hidden) if batch_first else (w[0], batch, hidden)] * 2
     states.insert(0, (batch, seq, w[0], hidden) if batch_first else (seq, w[0], batch, hidden))
     for j, _ in enumerate(c.node.outputs):

@@ -33,10 +33,11 @@ class Operator:
     stored: for an operator that is a stored tensor: stored(node, values of the inputs) gives a TensorProto, or a pair
         (fill, shape) of a tensor that has one value throughout; None where this node is no stored tensor.
     taken: which body of a control-flow node runs, where that is known: taken(node, values of the inputs).
-    bias: input that is added to the output per channel, into which a constant can be folded.
+    bias: input that is added to the output per channel; past the last input where the operator has none.
     gamma: input that scales the output per channel, for importance by |gamma|.
     shape: (element type, shape) per output, for operators that onnx has no inference for.
     keeps: inputs whose parameters never make a unit vanish and are not zeroed (variances, divisors, scales).
+    broadcasts: an input may have size 1 where the output has more, and the output follows the larger.
     joins: an input that lacks a unit has no say in it (a concatenation); its state is given as nan to `dead`.
     discrete: a rounding error in its input may change what it selects, so that outputs behind it can't be compared.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
@@ -56,6 +57,7 @@ class Operator:
     gamma: int | None = None
     shape: ShapeRule | None = None
     keeps: frozenset[int] = frozenset()
+    broadcasts: bool = False
     joins: bool = False
     discrete: bool = False
     quantised: tuple[tuple[int, int], ...] = ()

@@ -17,12 +17,13 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.axes.analysis import OUTPUT, parameter_of
 from onnxprune.axes.dead import Use
-from onnxprune.model.graph import Graph, Model, Parameter
+from onnxprune.model.graph import Graph, Model, Parameter, names_used, subgraphs
 from onnxprune.model.payload import Computed
 from onnxprune.model.wire import INLINE_LIMIT
 
 __all__ = ["Change", "Edit"]
 
+UNUSED = "_unused"
 LISTED_BEFORE_IR = 4  # initializers had to be listed as graph inputs
 
 
@@ -48,6 +49,8 @@ class Edit:
         self.after: dict[int, list[NodeProto]] = {}
         self.head: list[NodeProto] = []
         self.changes: dict[Use, Change] = {}
+        self.dropped: set[int] = set()
+        self.undeclared: set[str] = set()  # tensors whose declared shape no longer holds
         self.new_tensors: list[tuple[TensorProto, Callable[[], np.ndarray] | None]] = []
         self.taken = {n for node in graph.nodes for n in (*node.inputs, *node.outputs)} | set(graph.parameters)
         self.taken |= set(graph.inputs) | set(graph.outputs)
@@ -65,8 +68,16 @@ class Edit:
     def constant(self, base: str, value: np.ndarray) -> str:
         """Add a small initializer; returns its name."""
         name = self.name(base)
-        self.new_tensors.append((numpy_helper.from_array(np.ascontiguousarray(value), name), None))
+        self.new_tensors.append((numpy_helper.from_array(np.asarray(value, order="C"), name), None))
         return name
+
+    def drop(self, k: int) -> None:
+        """Leave node k out of the new graph."""
+        self.dropped.add(k)
+
+    def replace(self, name: str, value: np.ndarray) -> None:
+        """Let a constant stand in for the output of a node that is dropped."""
+        self.new_tensors.append((numpy_helper.from_array(np.asarray(value, order="C"), name), None))
 
     def insert_after(self, k: int, op: str, inputs: list[str], output: str, **attributes: Any) -> None:
         self.after.setdefault(k, []).append(
@@ -94,6 +105,8 @@ class Edit:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
         nodes = [*self.head]
         for k, node in enumerate(self.nodes):
+            if k in self.dropped:
+                continue
             nodes += [*self.before.get(k, ()), node, *self.after.get(k, ())]
         del graph.node[:]
         graph.node.extend(nodes)
@@ -188,7 +201,7 @@ class Edit:
         """A ConstantOfShape of another size; or, where the values are no longer all the same, a dense tensor."""
         node = next(n for n in self.nodes if parameter.name in n.output)
         if not change.uniform:
-            node.output[0] = self.name(f"{name}_unused")
+            node.output[0] = self.name(f"{name}{UNUSED}")
             tensor = TensorProto(name=name, data_type=parameter.elem_type, dims=change.shape)
             self.new_tensors.append((tensor, self._make(parameter, change)))
             return
@@ -203,37 +216,29 @@ class Edit:
             self.head.append(copy)
 
     def _drop_unread(self, model: Model) -> None:
-        """Parameters and constants that were read before and are not any more."""
+        """What was read before and is not any more: nodes, parameters and constants. What nothing ever read stays."""
         graph = model.proto.graph
+        was_read = {n for node in self.graph.nodes for n in (*node.inputs, *node.captured)} | set(self.graph.outputs)
         read = {o.name for o in graph.output}
-        for node in graph.node:
+        unread: list[int] = []
+        for k in reversed(range(len(graph.node))):
+            node = graph.node[k]
+            once = any(o in was_read for o in node.output) or (node.output and node.output[0].endswith(UNUSED))
+            if once and not any(o in read for o in node.output if o):
+                unread.append(k)
+                continue
             read.update(node.input)
-        for node in self.graph.nodes:
-            read.update(node.captured)
-        was_read = {n for node in self.graph.nodes for n in node.inputs}
-        gone = {t.name for t in graph.initializer if t.name not in read and t.name in was_read}
-        kept = [t for t in graph.initializer if t.name not in gone]
-        if gone:
-            del graph.initializer[:]
-            graph.initializer.extend(kept)
-            inputs = [i for i in graph.input if i.name not in gone]
-            del graph.input[:]
-            graph.input.extend(inputs)
-        made_once = {
-            n
-            for node in self.graph.nodes
-            if node.outputs and node.outputs[0] in self.graph.parameters
-            for n in node.outputs
-        }
-        unread = [
-            k
-            for k, n in enumerate(graph.node)
-            if n.output
-            and all(o not in read for o in n.output)
-            and (any(o in made_once for o in n.output) or n.output[0].endswith("_unused"))
-        ]
-        for k in reversed(unread):
+            for body in subgraphs(node):
+                read |= names_used(body)
+        for k in unread:
             del graph.node[k]
+        gone = {
+            t.name for t in graph.initializer if t.name not in read and (t.name in was_read or t.name in self.taken)
+        }
+        gone -= {t.name for t in self.graph.model.proto.graph.initializer if t.name not in was_read}
+        for entries in (graph.initializer, graph.input):
+            for k in reversed([k for k, entry in enumerate(entries) if entry.name in gone]):
+                del entries[k]
 
     def _resize(self, model: Model) -> None:
         """Declared shapes follow; symbols stay symbols."""
@@ -252,7 +257,8 @@ class Edit:
                     and (value.name in sizes or value.name in self.resized)
                 ):
                     dim.dim_value = n
-        stale = [k for k, v in enumerate(graph.value_info) if v.name not in made and v.name not in sizes]
+        known = (made | sizes.keys()) - self.undeclared
+        stale = [k for k, v in enumerate(graph.value_info) if v.name not in known]
         for k in reversed(stale):
             del graph.value_info[k]
 

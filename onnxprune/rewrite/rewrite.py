@@ -21,6 +21,7 @@ from onnx import NodeProto, helper
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.dead import INEXACT
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, kept, resolve
+from onnxprune.axes.vanish import broadcast_region
 from onnxprune.model.graph import Graph, Model, Node
 from onnxprune.model.payload import dtype_of
 from onnxprune.ops.rules import Contraction
@@ -100,6 +101,12 @@ class _Rewrite:
     def visit(self, node: Node) -> None:
         if not self.touched(node):
             return
+        if any(self.is_empty(self.output_masks(node, j)) for j, n in enumerate(node.outputs) if n):
+            self.edit.drop(node.index)
+            return
+        if any(self.is_empty(self.input_masks(node, i)) for i, n in enumerate(node.inputs) if n):
+            self.leave_bias(node)
+            return
         patch = _Patch(self, node)
         for i, name in enumerate(node.inputs):
             if name in self.graph.parameters:
@@ -113,6 +120,27 @@ class _Rewrite:
                 self.hold_numbers(node, patch)
         self.fold_constants(node)
         self.refold(node)
+
+    @staticmethod
+    def is_empty(masks: Sequence[Kept]) -> bool:
+        return any(m is not None and len(m) == 0 for m in masks)
+
+    def leave_bias(self, node: Node) -> None:
+        """All units of a contracted axis are gone: the node's output is its bias, in a shape that broadcasts."""
+        output, bias = node.outputs[0], self.analysis.registry[node.op].bias
+        elem, rank = self.graph.types[output], len(self.size(output))
+        operand, axis = self.analysis.contractions[node.index][0].operands[0]
+        channel = 1 if axis == 1 and len(self.size(node.inputs[operand])) > 2 else rank - 1
+        mask = self.output_masks(node, 0)[channel]
+        count = self.size(output)[channel] if mask is None else len(mask)
+        value = np.zeros(count, dtype_of(elem))
+        if bias is not None and bias < len(node.inputs) and node.inputs[bias]:
+            value += take(self.graph.array(node.inputs[bias]), self.input_masks(node, bias)).reshape(-1)
+        shape = [1] * rank
+        shape[channel] = count
+        self.edit.drop(node.index)
+        self.edit.replace(output, value.reshape(shape))
+        self.edit.undeclared |= broadcast_region(self.analysis, output) or {output}
 
     def foldable(self, node: Node) -> bool:
         operator = self.analysis.registry.get(node.op)
@@ -158,7 +186,7 @@ class _Rewrite:
     def hold_numbers(self, node: Node, patch: _Patch) -> None:
         """A number computed from a pruned size keeps its value (rule 3)."""
         for i, name in enumerate(node.inputs):
-            if name not in self.values or i in patch.wanted or name in self.graph.parameters:
+            if name not in self.values or name not in self.graph.sized or i in patch.wanted:
                 continue
             masks = self.input_masks(node, i)
             original = self.graph.values[name]

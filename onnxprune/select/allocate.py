@@ -7,7 +7,7 @@ as long as the model stays at or above the goal; where no block fits any more, t
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,9 @@ class Allocation:
 class _State:
     """Unit counts of all groups, and the cost that they add up to."""
 
-    def __init__(self, groups: list[Group], cost: Cost, step: Mapping[str, int], floor: float) -> None:
+    def __init__(
+        self, groups: list[Group], cost: Cost, step: Mapping[str, int], floor: float, whole: Collection[Atom]
+    ) -> None:
         self.groups = {g.id: g for g in groups}
         self.cost = cost
         self.step = step
@@ -41,7 +43,7 @@ class _State:
         self.where = cost.by_atom()
         self.value = [cost.term(k, self.counts) for k in range(len(cost.terms))]
         self.total = cost.constant + sum(self.value)
-        self.lowest = {g.id: lowest(g.size, step[g.id], floor) for g in groups}
+        self.lowest = {g.id: 0 if g.atom in whole else lowest(g.size, step[g.id], floor) for g in groups}
 
     def next_count(self, gid: str) -> int | None:
         """The group's size after one more block; None where it is at its floor."""
@@ -83,12 +85,14 @@ def allocate(
     scope: str = "global",
     floor: float = 0.1,
     overshoot: bool = True,
+    whole: Collection[Atom] = (),
 ) -> Allocation:
     """Choose what to keep. scope: 'global' ranks all groups together, 'local' takes the same share of each first.
 
+    whole: atoms that may lose all of their units.
     overshoot: where every block is larger than the gap, take the smallest rather than do nothing in silence.
     """
-    state = _State(groups, cost, step, floor)
+    state = _State(groups, cost, step, floor, whole)
     order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
     sums = {gid: np.concatenate([[0.0], np.cumsum(scores[gid][o])]) for gid, o in order.items()}
     least = _least(state)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from onnxprune.axes.analysis import Analysis, Group
 from onnxprune.axes.dead import INEXACT
 from onnxprune.axes.expr import Atom
+from onnxprune.axes.vanish import removable
 from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError
 from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
@@ -74,6 +75,7 @@ def choose(
 ) -> Choice:
     """Rank the units and choose a plan that meets the target, in blocks of `align`.
 
+    floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
     Where whole blocks don't reach the target, the block is halved until it does.
     Raises NothingPrunable, UsageError.
     """
@@ -91,11 +93,20 @@ def choose(
             "ask for less than there is",
         )
     ranked = scores(analysis, groups, importance, seed=seed)
+    whole = removable(analysis) if floor == 0 else ()
     best: tuple[Allocation, int] | None = None
     block = align
     while True:
         found = allocate(
-            groups, ranked, cost, goal, steps(analysis, groups, block), scope=scope, floor=floor, overshoot=block == 1
+            groups,
+            ranked,
+            cost,
+            goal,
+            steps(analysis, groups, block),
+            scope=scope,
+            floor=floor,
+            overshoot=block == 1,
+            whole=whole,
         )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
