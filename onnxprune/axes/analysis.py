@@ -40,6 +40,7 @@ from onnxprune.ops.rules import AxisContext, Contraction, GiveUp, Kind
 
 __all__ = ["Analysis", "BarrierCost", "Coverage", "Group", "Member", "analyse"]
 
+SIZES = "sizes and positions"
 NEEDS_MASK = frozenset({Kind.NORM, Kind.RMS, Kind.EXTREME, Kind.MEAN})
 OUTPUT = -1  # stands for the node index where a parameter is a graph output
 TIED_FROM = 2  # rank from which a shared parameter is one tensor and not several equal ones
@@ -243,19 +244,17 @@ class _Walk:
         graph = self.graph
         if node.outputs and node.outputs[0] in graph.parameters:
             for i, name in enumerate(node.inputs):
-                self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, "sizes and positions"))
+                self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, SIZES))
             return
         barrier = Barrier(node.label, node.op, "axes do not line up")
         operator = self.registry.get(node.op)
         if self.is_shape_arithmetic(node):
             self.arithmetic.add(node.index)
-            sizes = Barrier(node.label, node.op, "sizes and positions")
             for i, name in enumerate(node.inputs):
-                if name in graph.parameters:
-                    self.uses[node.index, i] = self.kept_whole(name, sizes)
-            for name in node.outputs:
-                self.whole(name, sizes)
-            return
+                parameter = graph.parameters.get(name)
+                if parameter is not None and parameter.elem_type not in NO_PARAMETERS:
+                    self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, SIZES))
+            return  # its outputs get axes where a node asks for them
         inputs = [self.input_axes(node, i, name) for i, name in enumerate(node.inputs)]
         if operator is None or operator.axes is None or node.captured:
             why = "a control-flow body" if node.captured else f"{node.op} is not understood"
@@ -285,6 +284,8 @@ class _Walk:
         """Axes of an input; a parameter gets fresh ones at each of its uses."""
         parameter = self.graph.parameters.get(name)
         if parameter is None:
+            if name not in self.axes and name in self.graph.values:
+                self.whole(name, Barrier(node.label, node.op, SIZES))
             return self.axes.get(name)
         fresh = tuple(Atom(n) for n in parameter.shape)
         self.uses[node.index, i] = fresh
@@ -324,7 +325,7 @@ class _Walk:
             self.whole(name, barrier)
 
     def accept(self, node: Node, context: AxisContext) -> None:
-        unused = Barrier(node.label, node.op, "sizes and positions")
+        unused = Barrier(node.label, node.op, SIZES)
         for i, axes in enumerate(context.inputs):
             if i not in context.used:
                 for expr in axes or ():
