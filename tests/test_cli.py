@@ -253,13 +253,17 @@ def test_a_folder_that_is_none_is_seen_before_the_work(
     failed(run("compress", tiny_cnn, tmp_path / out, *QUICK), 2)
 
 
+def refused(**where: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_a_read_only_folder_is_seen_before_the_work(
     tiny_cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
     if os.geteuid() == 0:  # who may write anywhere
-        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+        monkeypatch.setattr(pipeline, "TemporaryFile", refused)
     monkeypatch.setattr(pipeline, "open_model", reached)
     failed(run("compress", tiny_cnn, folder / "out.onnx", *QUICK), 2, "locked")
 

@@ -199,6 +199,7 @@ class _Walk:
         self.contractions: dict[int, list[Contraction]] = {}
         self.noted: dict[int, dict[str, Expr]] = {}
         self.arithmetic: set[int] = set()
+        self.lost: dict[str, str] = {}
         self.read_outside = set(graph.outputs)
         self.read_outside |= {n for node in graph.nodes for n in node.captured}
 
@@ -268,6 +269,7 @@ class _Walk:
             [graph.values.get(n) if n else None for n in node.inputs],
             [graph.shapes.get(n) for n in node.outputs],
             varying=[graph.varying.get(n) for n in node.inputs],
+            lost=self.lost_since(node),
             shape_only=self.shape_only(node),
         )
         try:
@@ -290,6 +292,16 @@ class _Walk:
         fresh = tuple(Atom(n) for n in parameter.shape)
         self.uses[node.index, i] = fresh
         return fresh
+
+    def lost_since(self, node: Node) -> str:
+        """The first operator upstream whose output has no known shape."""
+        for name in node.inputs:
+            if name and name not in self.axes and name not in self.graph.parameters:
+                producer = self.graph.producers.get(name)
+                since = self.lost.get(name) or (f"{producer.op} {producer.label}" if producer is not None else name)
+                self.lost.update(dict.fromkeys(node.outputs, since))
+                return since
+        return ""
 
     def shape_only(self, node: Node) -> bool:
         """True where nothing but the shapes of a node's outputs is read."""
@@ -457,7 +469,9 @@ def _uncovered(expr: Expr, covered: set[Atom]) -> float:
 def _blame(axes: Sequence[Expr]) -> Barrier | None:
     """The barrier to name for a parameter's frozen part: the first that isn't there by nature."""
     found = [a.barrier for e in axes for a in atoms(e) if a.barrier is not None]
-    return next((b for b in found if b.reason not in _WEAK), found[0] if found else None)
+    strong = [b for b in found if b.reason not in _WEAK]
+    inner = [b for b in strong if b.op_type not in ("input", "output")]  # those at the rim nobody can lift
+    return next(iter(inner or strong or found), None)
 
 
 def _coverage(walk: _Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:

@@ -97,14 +97,23 @@ def resolve(expr: Expr) -> Expr:
     """The canonical form: atoms replaced by what they are bound to, nested products and sums flattened, factors
     of size 1 and parts of size 0 dropped, neighbouring frozen atoms merged."""
     if isinstance(expr, Atom):
-        if expr.bound is None:
-            return expr
-        root = resolve(expr.bound)
-        expr.bound = root
-        return root
+        return _resolve_atom(expr)
     if isinstance(expr, Product):
         return _rebuild(expr, expr.factors, Product)
     return _rebuild(expr, expr.parts, Sum)
+
+
+def _resolve_atom(atom: Atom) -> Expr:
+    """Follow the links to the end, and let every atom on the way point there."""
+    path: list[Atom] = []
+    end: Expr = atom
+    while isinstance(end, Atom) and end.bound is not None:
+        path.append(end)
+        end = end.bound
+    root = end if isinstance(end, Atom) else resolve(end)
+    for passed in path:
+        passed.bound = root
+    return root
 
 
 def _rebuild(expr: Product | Sum, children: tuple[Expr, ...], kind: type[Product] | type[Sum]) -> Expr:

@@ -227,7 +227,10 @@ def _check(model: Model) -> None:
         names.add(tensor.name)
     known = names | {i.name for i in proto.graph.input}
     for node in proto.graph.node:
-        known.update(node.output)
+        for name in filter(None, node.output):
+            if name in known:
+                raise ModelRejected(f"'{name}' is made twice, the second time by node '{node.name or node.op_type}'")
+            known.add(name)
     for node in proto.graph.node:
         for name in node.input:
             if name and name not in known:

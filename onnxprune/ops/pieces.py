@@ -133,7 +133,7 @@ def sliced(c: AxisContext, expr: Expr, start: int, end: int, step: int) -> Expr:
 
 
 def patch_slice(p: PatchContext) -> None:
-    """Bounds are moved to the same units; an end beyond the axis stays beyond it."""
+    """Bounds are moved to the same units; an end beyond the axis (the largest integer) stays beyond it."""
     try:
         bounds = slice_bounds(p, len(p.before(0)))
     except GiveUp:
@@ -146,7 +146,7 @@ def patch_slice(p: PatchContext) -> None:
         n = p.before(0)[axis]
         low, high, _ = slice(start, end).indices(n)
         starts[k] = low if step > 1 else int(np.searchsorted(kept, low))
-        if -n <= end < n:
+        if -n <= end <= n:
             ends[k] = int(np.searchsorted(kept, max(low, high)))
     if p.node.opset < 10:
         p.set_attr("starts", starts)

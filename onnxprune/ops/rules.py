@@ -89,6 +89,7 @@ class AxisContext:
     outputs: list[tuple[Expr, ...] | None] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     varying: Sequence[np.ndarray | None] = ()
+    lost: str = ""  # the operator since which a shape is unknown
     shape_only: bool = False  # nothing but the outputs' shapes is ever read
     used: set[int] = field(default_factory=set)
     noted: dict[str, Expr] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class AxisContext:
         """Axes of input i. Whatever a rule does not ask for gets frozen."""
         found = self.inputs[i] if i < len(self.inputs) else None
         if found is None:
-            raise GiveUp(f"input {i} has an unknown rank")
+            raise GiveUp(f"the shape of input {i} is unknown" + (f", since {self.lost}" if self.lost else ""))
         self.used.add(i)
         return found
 
