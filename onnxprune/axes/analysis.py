@@ -1,103 +1,32 @@
 """From a graph to the axes of every tensor, the zero-invariant groups, and the reasons why the rest is frozen.
 
-One pass over the nodes collects the equalities that the operators' rules state, a second (`dead`) interprets dead
-units. Neither looks at a weight. A parameter used at several places has axes of its own at each: a small one (a bias
-that an exporter shared because the values were equal) is pruned for each use apart, a matrix is tied where all of its
-uses allow that.
+`walk` collects the equalities that the operators' rules state, `dead` interprets dead units, `groups` reads the result
+off. None of them looks at a weight.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import prod
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
-from onnx import TensorProto
-
-from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, PRODUCES, Role, Use, Verdicts, consumed, interpret
+from onnxprune.axes.dead import Use, Verdicts, interpret
 from onnxprune.axes.expr import (
     Atom,
-    Barrier,
     Expr,
-    Product,
-    Solution,
-    Sum,
     atoms,
-    equal,
-    freeze,
-    is_frozen,
-    resolve,
     show,
 )
-from onnxprune.errors import UsageError
-from onnxprune.model.graph import Graph, Node
+from onnxprune.axes.groups import BarrierCost, Coverage, Group, Member, find_coverage, find_groups
+from onnxprune.axes.walk import Walk
+from onnxprune.model.graph import Graph
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, Contraction, GiveUp, Kind
+from onnxprune.ops.rules import Contraction, Kind
 
 __all__ = ["Analysis", "BarrierCost", "Coverage", "Group", "Member", "analyse"]
 
-SIZES = "sizes and positions"
 NEEDS_MASK = frozenset({Kind.NORM, Kind.RMS, Kind.EXTREME, Kind.MEAN})
-OUTPUT = -1  # stands for the node index where a parameter is a graph output
-TIED_FROM = 2  # rank from which a shared parameter is one tensor and not several equal ones
-
-
-class Member(NamedTuple):
-    """One axis of a parameter, at one of its uses, and what it does to the group's units.
-
-    zeroed: the unit's slice is zero in the masked original (false for variances, divisors and scales).
-    """
-
-    initializer: str
-    use: Use
-    axis: int
-    role: Role
-
-    @property
-    def zeroed(self) -> bool:
-        return self.role == PRODUCES
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A family of `size` zero-invariant groups: units that can be removed one by one, each as a whole."""
-
-    id: str
-    atom: Atom
-    kind: str
-    reason: str
-    members: tuple[Member, ...]
-    params: int
-
-    @property
-    def size(self) -> int:
-        """Number of units."""
-        return self.atom.size
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """How many parameters are in a group; `exact` leaves out inexact groups."""
-
-    params_total: int
-    params_prunable: int
-    params_exact: int
-
-    @property
-    def fraction(self) -> float:
-        return self.params_prunable / self.params_total if self.params_total else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class BarrierCost:
-    """A reason why parameters are frozen, and how many."""
-
-    barrier: Barrier
-    params: int
 
 
 @dataclass(eq=False)
@@ -150,14 +79,14 @@ def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclu
     Raises UsageError where a pattern matches nothing.
     """
     start = time.perf_counter()
-    walk = _Walk(graph, registry)
+    walk = Walk(graph, registry)
     walk.run()
     walk.exclude(exclude)
     walk.tie()
     solution = walk.solve()
     verdicts = interpret(graph, registry, walk.axes, walk.uses, walk.contractions, solution)
-    groups = _groups(walk, verdicts, solution)
-    coverage, barriers, covered = _coverage(walk, groups)
+    groups = find_groups(walk, verdicts, solution)
+    coverage, barriers, covered = find_coverage(walk, groups)
     names = {g.atom: g.id for g in groups}
     analysis = Analysis(
         graph,
@@ -177,341 +106,3 @@ def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclu
     analysis.exclude = tuple(exclude)
     analysis.seconds = time.perf_counter() - start
     return analysis
-
-
-def parameter_of(graph: Graph, use: Use) -> str:
-    """The parameter at a use; a negative input index is a tensor that a control-flow body captures."""
-    n, i = use
-    if n == OUTPUT:
-        return graph.outputs[i]
-    node = graph.nodes[n]
-    return node.inputs[i] if i >= 0 else node.captured[-1 - i]
-
-
-class _Walk:
-    """The pass that collects what the operators' rules state."""
-
-    def __init__(self, graph: Graph, registry: Mapping[str, Operator]) -> None:
-        self.graph = graph
-        self.registry = registry
-        self.axes: dict[str, tuple[Expr, ...]] = {}
-        self.uses: dict[Use, tuple[Expr, ...]] = {}
-        self.contractions: dict[int, list[Contraction]] = {}
-        self.noted: dict[int, dict[str, Expr]] = {}
-        self.arithmetic: set[int] = set()
-        self.lost: dict[str, str] = {}
-        self.read_outside = set(graph.outputs)
-        self.read_outside |= {n for node in graph.nodes for n in node.captured}
-
-    def run(self) -> None:
-        graph = self.graph
-        for name in graph.inputs:
-            self.whole(name, Barrier("", "input", f"graph input '{name}'"))
-        for node in graph.nodes:
-            self.visit(node)
-        for name in graph.outputs:
-            barrier = Barrier("", "output", f"graph output '{name}'")
-            if name in graph.sized:
-                self.keep_sizes(name, barrier)
-            for expr in self.axes.get(name, ()):
-                freeze(expr, barrier)
-            if name in graph.parameters:
-                self.uses[OUTPUT, graph.outputs.index(name)] = self.kept_whole(name, barrier)
-
-    def keep_sizes(self, name: str, barrier: Barrier) -> None:
-        """What is computed from sizes leaves the graph: the tensors whose sizes those are stay whole."""
-        pending, seen = [name], {name}
-        while pending:
-            producer = self.graph.producers.get(pending.pop())
-            operator = self.registry.get(producer.op) if producer is not None else None
-            for source in producer.inputs if producer is not None else ():
-                if operator is not None and operator.from_shape is not None:
-                    for expr in self.axes.get(source, ()):
-                        freeze(expr, barrier)
-                elif source in self.graph.sized and source not in seen:
-                    seen.add(source)
-                    pending.append(source)
-
-    def whole(self, name: str, barrier: Barrier) -> None:
-        """A tensor whose axes all stay."""
-        shape = self.graph.shapes.get(name)
-        if shape is not None:
-            self.axes[name] = tuple(Atom(-1 if n is None else n, barrier) for n in shape)
-
-    def kept_whole(self, parameter: str, barrier: Barrier) -> tuple[Expr, ...]:
-        return tuple(Atom(n, barrier) for n in self.graph.parameters[parameter].shape)
-
-    def visit(self, node: Node) -> None:
-        graph = self.graph
-        if node.outputs and node.outputs[0] in graph.parameters:
-            for i, name in enumerate(node.inputs):
-                self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, SIZES))
-            return
-        barrier = Barrier(node.label, node.op, "axes do not line up")
-        operator = self.registry.get(node.op)
-        if self.is_shape_arithmetic(node):
-            self.arithmetic.add(node.index)
-            for i, name in enumerate(node.inputs):
-                parameter = graph.parameters.get(name)
-                if parameter is not None and parameter.elem_type not in NO_PARAMETERS:
-                    self.uses[node.index, i] = self.kept_whole(name, Barrier(node.label, node.op, SIZES))
-            return  # its outputs get axes where a node asks for them
-        inputs = [self.input_axes(node, i, name) for i, name in enumerate(node.inputs)]
-        if operator is None or operator.axes is None or node.captured:
-            why = "a control-flow body" if node.captured else f"{node.op} is not understood"
-            barrier = Barrier(node.label, node.op, why)
-            self.stop(node, inputs, barrier)
-            return
-        context = AxisContext(
-            node,
-            barrier,
-            inputs,
-            [graph.values.get(n) if n else None for n in node.inputs],
-            [graph.shapes.get(n) for n in node.outputs],
-            varying=[graph.varying.get(n) for n in node.inputs],
-            lost=self.lost_since(node),
-            shape_only=self.shape_only(node),
-        )
-        try:
-            operator.axes(context)
-        except GiveUp as reason:
-            self.stop(node, inputs, Barrier(node.label, node.op, str(reason)))
-            return
-        except (IndexError, ValueError, TypeError, KeyError) as error:
-            self.stop(node, inputs, Barrier(node.label, node.op, f"an unusual form of {node.op} ({error})"))
-            return
-        self.accept(node, context)
-
-    def input_axes(self, node: Node, i: int, name: str) -> tuple[Expr, ...] | None:
-        """Axes of an input; a parameter gets fresh ones at each of its uses."""
-        parameter = self.graph.parameters.get(name)
-        if parameter is None:
-            if name not in self.axes and name in self.graph.values:
-                self.whole(name, Barrier(node.label, node.op, SIZES))
-            return self.axes.get(name)
-        fresh = tuple(Atom(n) for n in parameter.shape)
-        self.uses[node.index, i] = fresh
-        return fresh
-
-    def lost_since(self, node: Node) -> str:
-        """The first operator upstream whose output has no known shape."""
-        for name in node.inputs:
-            if name and name not in self.axes and name not in self.graph.parameters:
-                producer = self.graph.producers.get(name)
-                since = self.lost.get(name) or (f"{producer.op} {producer.label}" if producer is not None else name)
-                self.lost.update(dict.fromkeys(node.outputs, since))
-                return since
-        return ""
-
-    def shape_only(self, node: Node) -> bool:
-        """True where nothing but the shapes of a node's outputs is read."""
-        for name in node.outputs:
-            if name in self.read_outside:
-                return False
-            for reader, _ in self.graph.consumers.get(name, ()):
-                operator = self.registry.get(reader.op)
-                if operator is None or operator.from_shape is None:
-                    return False
-        return True
-
-    def is_shape_arithmetic(self, node: Node) -> bool:
-        """Sizes and positions, all known: nothing in them is a channel."""
-        values, shapes = self.graph.values, self.graph.types
-        return (
-            bool(node.outputs)
-            and all(n in values and shapes.get(n) in (6, 7, 9) and values[n].ndim < 2 for n in node.outputs if n)
-            and all(values[n].ndim < 2 for n in node.inputs if n in values)
-        )
-
-    def stop(self, node: Node, inputs: Sequence[tuple[Expr, ...] | None], barrier: Barrier) -> None:
-        """Freeze all that a node touches."""
-        for axes in inputs:
-            for expr in axes or ():
-                freeze(expr, barrier)
-        for name in node.captured:
-            for expr in self.axes.get(name, ()):
-                freeze(expr, barrier)
-            if name in self.graph.parameters:
-                self.uses[node.index, -1 - node.captured.index(name)] = self.kept_whole(name, barrier)
-        for name in node.outputs:
-            self.whole(name, barrier)
-
-    def accept(self, node: Node, context: AxisContext) -> None:
-        unused = Barrier(node.label, node.op, SIZES)
-        for i, axes in enumerate(context.inputs):
-            if i not in context.used:
-                for expr in axes or ():
-                    freeze(expr, unused)
-        if context.contractions:
-            self.contractions[node.index] = context.contractions
-        if context.noted:
-            self.noted[node.index] = context.noted
-        for j, name in enumerate(node.outputs):
-            if not name:
-                continue
-            found = context.outputs[j] if j < len(context.outputs) else None
-            shape = self.graph.shapes.get(name)
-            if found is None:
-                self.whole(name, Barrier(node.label, node.op, "an output without a rule"))
-                continue
-            found = tuple(resolve(e) for e in found)
-            self.axes[name] = found
-            if shape is not None and len(shape) != len(found):
-                self.stop(node, context.inputs, Barrier(node.label, node.op, "its output has an unexpected rank"))
-                return
-            for expr, n in zip(found, shape or (), strict=False):
-                if n is not None and expr.size >= 0 and expr.size != n:
-                    freeze(expr, Barrier(node.label, node.op, f"a size of {n} where {expr.size} is expected"))
-
-    def exclude(self, patterns: Sequence[str]) -> None:
-        for pattern in patterns:
-            try:
-                matches = re.compile(pattern).search
-            except re.error as error:
-                raise UsageError(f"'{pattern}' is not a regular expression: {error}") from None
-            hit = False
-            for (n, i), axes in self.uses.items():
-                if n == OUTPUT:
-                    continue
-                node, name = self.graph.nodes[n], parameter_of(self.graph, (n, i))
-                if matches(name) or (node.proto.name and matches(node.proto.name)):
-                    hit = True
-                    for expr in axes:
-                        freeze(expr, Barrier(node.label, node.op, f"excluded by '{pattern}'"))
-            hit |= any(matches(n.proto.name) for n in self.graph.nodes if n.proto.name)
-            if not hit:
-                raise UsageError(
-                    f"--exclude '{pattern}' matches no initializer and no node", "`onnxprune inspect` lists the names"
-                )
-
-    def tie(self) -> None:
-        """One matrix at several uses stays one matrix, unless a use can be pruned where another can't."""
-        by_name: dict[str, list[Use]] = {}
-        for n, i in self.uses:
-            if i >= 0 and n != OUTPUT:
-                by_name.setdefault(self.graph.nodes[n].inputs[i], []).append((n, i))
-        for name, uses in by_name.items():
-            if len(uses) < 2 or len(self.graph.parameters[name].shape) < TIED_FROM:
-                continue
-            first = self.uses[uses[0]]
-            for use in uses[1:]:
-                pairs = list(zip(first, self.uses[use], strict=True))
-                arithmetic = any(self.is_static(self.graph.nodes[n]) for n, _ in (uses[0], use))
-                if arithmetic or all(is_frozen(a) == is_frozen(b) for a, b in pairs):
-                    for a, b in pairs:
-                        equal(a, b, Barrier(name, "initializer", f"'{name}' is used in several places"))
-
-    def is_static(self, node: Node) -> bool:
-        """Arithmetic among parameters alone."""
-        return all(n in self.graph.static for n in node.outputs)
-
-    def consuming(self, node: Node) -> list[Contraction]:
-        """Contractions in which a parameter consumes what another tensor produces. Where all operands are parameters
-        (a weight's norm), they produce."""
-        static = self.graph.static
-        return [
-            c
-            for c in self.contractions.get(node.index, ())
-            if any(node.inputs[i] not in static for i, _ in c.operands) or c.kind is Kind.STATE
-        ]
-
-    def solve(self) -> Solution:
-        """No equation is stated any more: put every axis into its canonical form."""
-        solution = Solution()
-        of = solution.of
-        self.axes = {name: tuple(map(of, axes)) for name, axes in self.axes.items()}
-        self.uses = {use: tuple(map(of, axes)) for use, axes in self.uses.items()}
-        self.contractions = {n: [replace(c, over=of(c.over)) for c in found] for n, found in self.contractions.items()}
-        return solution
-
-
-def _groups(walk: _Walk, verdicts: Verdicts, solution: Solution) -> tuple[Group, ...]:
-    graph = walk.graph
-    members: dict[Atom, list[Member]] = {}
-    params: dict[Atom, int] = {}
-    for (n, i), axes in walk.uses.items():
-        if i < 0 or n == OUTPUT:
-            continue
-        node = graph.nodes[n]
-        operator = walk.registry.get(node.op)
-        name = node.inputs[i]
-        for k, expr in enumerate(axes):
-            free = solution.free(expr)
-            if not free:
-                continue
-            assert operator is not None
-            gone = consumed(walk.consuming(node), i, k, solution)
-            for atom in dict.fromkeys(a for a in atoms(expr) if a in free):
-                role = FOLLOWS if i in operator.keeps else CONSUMES if atom in gone else PRODUCES
-                members.setdefault(atom, []).append(Member(name, (n, i), k, role))
-    groups: list[Group] = []
-    for atom, found in members.items():
-        if not any(m.role != FOLLOWS and graph.parameters[m.initializer].elem_type not in _POSITIONS for m in found):
-            continue
-        params[atom] = sum(graph.parameters[n].size for n in {m.initializer for m in found})
-        kind = verdicts.kind.get(atom, EXACT)
-        reason = verdicts.reason.get(atom, "")
-        groups.append(Group(f"g{len(groups)}", atom, kind, reason, tuple(found), params[atom]))
-    return tuple(groups)
-
-
-def _uncovered(expr: Expr, covered: set[Atom]) -> float:
-    """Fraction of an axis' indices that no group can remove."""
-    expr = resolve(expr)
-    if isinstance(expr, Atom):
-        return 0.0 if expr in covered else 1.0
-    if isinstance(expr, Product):
-        return prod(_uncovered(f, covered) for f in expr.factors)
-    assert isinstance(expr, Sum)
-    return sum(p.size * _uncovered(p, covered) for p in expr.parts) / max(expr.size, 1)
-
-
-def _blame(axes: Sequence[Expr]) -> Barrier | None:
-    """The barrier to name for a parameter's frozen part: the first that isn't there by nature."""
-    found = [a.barrier for e in axes for a in atoms(e) if a.barrier is not None]
-    strong = [b for b in found if b.reason not in _WEAK]
-    inner = [b for b in strong if b.op_type not in ("input", "output")]  # those at the rim nobody can lift
-    return next(iter(inner or strong or found), None)
-
-
-def _coverage(walk: _Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
-    graph = walk.graph
-    covered = {g.atom for g in groups}
-    exact = {g.atom for g in groups if g.kind != "inexact"}
-    best: dict[str, tuple[float, float, Barrier | None]] = {}
-    for use, axes in walk.uses.items():
-        name = parameter_of(graph, use)
-        if graph.parameters[name].elem_type in NO_PARAMETERS:
-            continue
-        left = prod(_uncovered(e, covered) for e in axes)
-        left_exact = left if exact == covered else prod(_uncovered(e, exact) for e in axes)
-        barrier = _blame(axes) if left > 0 else None
-        known = best.get(name)
-        if known is None or left < known[0]:
-            best[name] = (left, min(left_exact, known[1] if known else 1.0), barrier)
-    total = prunable = exactly = 0.0
-    costs: dict[Barrier, float] = {}
-    for name, parameter in graph.parameters.items():
-        if name not in best:  # nothing reads it, or it holds positions
-            continue
-        left, left_exact, barrier = best[name]
-        total += parameter.size
-        prunable += parameter.size * (1 - left)
-        exactly += parameter.size * (1 - left_exact)
-        if left > 0:
-            why = barrier or Barrier("", "scalar", "no axis to prune")
-            costs[why] = costs.get(why, 0.0) + parameter.size * left
-    rows = sorted((BarrierCost(b, round(c)) for b, c in costs.items() if round(c)), key=lambda r: -r.params)
-    covered_by_name = {name: 1 - entry[0] for name, entry in best.items()}
-    return Coverage(round(total), round(prunable), round(exactly)), tuple(rows), covered_by_name
-
-
-NO_PARAMETERS = frozenset({TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING})
-_POSITIONS = NO_PARAMETERS | {TensorProto.INT32}
-_WEAK = {
-    "a kernel's extent",
-    "not a channel axis",
-    "the directions of a recurrent cell",
-    "the gates of a recurrent cell",
-    "a spatial axis",
-}

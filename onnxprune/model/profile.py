@@ -11,12 +11,13 @@ from math import prod
 
 from onnx import TensorProto
 
-from onnxprune.axes.analysis import NO_PARAMETERS, OUTPUT, Analysis, parameter_of
+from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, resolve
+from onnxprune.axes.walk import NO_PARAMETERS, OUTPUT, parameter_of
 from onnxprune.model.graph import Graph, Model
-from onnxprune.model.infer import symbolic_inputs
 from onnxprune.model.load import stored_tensors
 from onnxprune.model.payload import nbytes
+from onnxprune.model.pins import symbolic_inputs
 from onnxprune.result import ModelSummary
 
 __all__ = ["Cost", "costs", "count", "summary"]

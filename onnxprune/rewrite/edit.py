@@ -7,7 +7,7 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,26 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from onnxprune.axes.analysis import OUTPUT, parameter_of
 from onnxprune.axes.dead import Use
+from onnxprune.axes.walk import OUTPUT, parameter_of
 from onnxprune.model.graph import Graph, Model, Parameter, names_used, subgraphs
 from onnxprune.model.payload import Computed
 from onnxprune.model.wire import INLINE_LIMIT
 
-__all__ = ["Change", "Edit"]
+__all__ = ["Change", "Edit", "Kept", "take"]
+
+Kept = np.ndarray | None  # kept positions of an axis; None where all are kept
 
 UNUSED = "_unused"
 LISTED_BEFORE_IR = 4  # initializers had to be listed as graph inputs
+
+
+def take(array: np.ndarray, masks: Sequence[Kept]) -> np.ndarray:
+    """The kept indices along every axis."""
+    for axis, mask in enumerate(masks):
+        if mask is not None:
+            array = np.take(array, mask, axis)
+    return array
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,24 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, helper
 
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.dead import INEXACT
-from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, kept, resolve
+from onnxprune.axes.expr import Expr, atoms, kept
 from onnxprune.axes.vanish import broadcast_region
 from onnxprune.model.graph import Graph, Model, Node
 from onnxprune.model.payload import dtype_of
-from onnxprune.ops.rules import Contraction
-from onnxprune.rewrite.edit import Change, Edit
+from onnxprune.rewrite.edit import Change, Edit, Kept, take
+from onnxprune.rewrite.fold import fold_constants
+from onnxprune.rewrite.patch import Patch
 from onnxprune.select.plan import METADATA_KEY, Plan, plan_to_text
 
-__all__ = ["rewrite"]
-
-Kept = np.ndarray | None
+__all__ = ["Rewrite", "rewrite"]
 
 
 def rewrite(analysis: Analysis, plan: Plan) -> Model:
     """The pruned model. The plan is stored in its metadata."""
-    work = _Rewrite(analysis, plan)
+    work = Rewrite(analysis, plan)
     work.run()
     model = work.edit.build()
     entry = next((p for p in model.proto.metadata_props if p.key == METADATA_KEY), None)
@@ -45,7 +43,7 @@ def rewrite(analysis: Analysis, plan: Plan) -> Model:
     return model
 
 
-class _Rewrite:
+class Rewrite:
     """The pass over the nodes."""
 
     def __init__(self, analysis: Analysis, plan: Plan) -> None:
@@ -107,7 +105,7 @@ class _Rewrite:
         if any(self.is_empty(self.input_masks(node, i)) for i, n in enumerate(node.inputs) if n):
             self.leave_bias(node)
             return
-        patch = _Patch(self, node)
+        patch = Patch(self, node)
         for i, name in enumerate(node.inputs):
             if name in self.graph.parameters:
                 self.slice(node, i, name)
@@ -183,7 +181,7 @@ class _Rewrite:
             if not np.array_equal(result, self.graph.values[name]):
                 self.values[name] = result
 
-    def hold_numbers(self, node: Node, patch: _Patch) -> None:
+    def hold_numbers(self, node: Node, patch: Patch) -> None:
         """A number computed from a pruned size keeps its value (rule 3)."""
         for i, name in enumerate(node.inputs):
             if name not in self.values or name not in self.graph.sized or i in patch.wanted:
@@ -274,170 +272,4 @@ class _Rewrite:
                 if n == node.index and a in self.keep and a not in self.inexact and a in set(atoms(contraction.over))
             ]
             if found:
-                _fold(self, node, contraction, dict(found))
-
-
-def take(array: np.ndarray, masks: Sequence[Kept]) -> np.ndarray:
-    """The kept indices along every axis."""
-    for axis, mask in enumerate(masks):
-        if mask is not None:
-            array = np.take(array, mask, axis)
-    return array
-
-
-def _fold(work: _Rewrite, node: Node, contraction: Contraction, constants: dict[Atom, float]) -> None:
-    """Add sum over removed units of c * W to the output; through the bias where there is a plain one."""
-    (wi, axis) = contraction.operands[1]
-    name = node.inputs[wi]
-    weights = work.graph.array(name).astype(np.float64)
-    position = dead_constants(contraction.over, work.keep, constants)
-    total = np.tensordot(position, weights, axes=(0, axis))
-    while total.ndim > 1:
-        total = total.sum(axis=-1)
-    masks = work.input_masks(node, wi)
-    other = masks[1 - axis] if axis < 2 else None
-    total = total if other is None else total[other]
-    total *= float(node.attributes.get("alpha", 1.0))
-    elem = work.graph.types[node.outputs[0]]
-    rank = len(work.graph.shapes[node.outputs[0]])
-    shape = (1, -1, *[1] * (rank - 2)) if weights.ndim > 2 else (-1,)
-    new = work.edit.nodes[node.index]
-    output = node.outputs[0]
-    hidden = work.edit.name(f"{output}_uncompensated")
-    new.output[0] = hidden
-    shift = work.edit.constant(f"{output}_constant", total.astype(dtype_of(elem)).reshape(shape))
-    work.edit.insert_after(node.index, "Add", [hidden, shift], output)
-
-
-def dead_constants(expr: Expr, keep: dict[Atom, np.ndarray], constants: dict[Atom, float]) -> np.ndarray:
-    """Per index of an axis: the constant that its dead unit has, 0 for kept ones and for units that are zero."""
-    expr = resolve(expr)
-    if isinstance(expr, Atom):
-        values = np.zeros(expr.size)
-        if expr in keep and expr in constants:
-            values[:] = constants[expr]
-            values[keep[expr]] = 0.0
-        return values
-    if isinstance(expr, Sum):
-        return np.concatenate([dead_constants(p, keep, constants) for p in expr.parts])
-    assert isinstance(expr, Product)
-    result = np.zeros(expr.size).reshape([f.size for f in expr.factors])
-    dead_by_zero = np.zeros_like(result, dtype=bool)
-    for k, factor in enumerate(expr.factors):
-        shape = [1] * result.ndim
-        shape[k] = -1
-        values = dead_constants(factor, keep, constants).reshape(shape)
-        result = np.where(values != 0, values, result)
-        mask = kept(factor, keep)
-        zero = np.zeros(factor.size, bool) if mask is None else ~np.isin(np.arange(factor.size), mask)
-        dead_by_zero |= zero.reshape(shape) & (values == 0)
-    return np.where(dead_by_zero, 0.0, result).reshape(-1)
-
-
-class _Patch:
-    """The view of a node that its patch rule gets: see `ops.rules.PatchContext`."""
-
-    def __init__(self, work: _Rewrite, node: Node) -> None:
-        self.work = work
-        self.node = node
-        self.new: NodeProto = work.edit.nodes[node.index]
-        self.wanted: set[int] = set()
-
-    def attr(self, name: str, default: Any = None) -> Any:
-        return self.node.attributes.get(name, default)
-
-    def has(self, i: int) -> bool:
-        return i < len(self.node.inputs) and bool(self.node.inputs[i])
-
-    def value(self, i: int) -> np.ndarray | None:
-        return self.work.graph.values.get(self.node.inputs[i]) if self.has(i) else None
-
-    def kept(self, i: int, axis: int) -> Kept:
-        masks = self.work.input_masks(self.node, i)
-        return masks[axis] if masks else None
-
-    def kept_out(self, axis: int, j: int = 0) -> Kept:
-        return self.work.output_masks(self.node, j)[axis]
-
-    def before(self, i: int) -> tuple[int, ...]:
-        return self.work.size(self.node.inputs[i])
-
-    def after(self, i: int) -> tuple[int, ...]:
-        return _shrunk(self.before(i), self.work.input_masks(self.node, i))
-
-    def before_out(self, j: int = 0) -> tuple[int, ...]:
-        return self.work.size(self.node.outputs[j])
-
-    def after_out(self, j: int = 0) -> tuple[int, ...]:
-        return _shrunk(self.before_out(j), self.work.output_masks(self.node, j))
-
-    def noted(self, name: str) -> int:
-        expr = self.work.analysis.noted[self.node.index][name]
-        mask = kept(expr, self.work.keep)
-        return expr.size if mask is None else len(mask)
-
-    def set_attr(self, name: str, value: Any) -> None:
-        found = next((a for a in self.new.attribute if a.name == name), None)
-        if value is None:
-            if found is not None:
-                self.new.attribute.remove(found)
-            return
-        made = helper.make_attribute(name, value)
-        if found is None:
-            self.new.attribute.append(made)
-        elif found != made:
-            found.CopyFrom(made)
-
-    def want(self, i: int, value: np.ndarray) -> None:
-        self.wanted.add(i)
-        original = self.value(i)
-        if original is not None and original.shape != value.shape and original.size == value.size:
-            value = value.reshape(original.shape)
-        if original is not None:
-            value = value.astype(original.dtype)
-        self.work.correct(self.node, i, value)
-
-    def add_input(self, i: int, value: np.ndarray) -> None:
-        name = self.work.edit.constant(f"{self.node.label or self.node.outputs[0]}_input{i}", value)
-        while len(self.new.input) <= i:
-            self.new.input.append("")
-        self.new.input[i] = name
-
-    def exact(self, i: int, axis: int) -> bool:
-        use = self.work.analysis.uses.get((self.node.index, i))
-        axes = use if use is not None else self.work.analysis.axes[self.node.inputs[i]]
-        return not any(a in self.work.inexact for a in atoms(axes[axis]) if a in self.work.keep)
-
-    def scale(self, i: int, factor: float) -> None:
-        elem = self.work.graph.types[self.node.inputs[i]]
-        source = self.node.inputs[i]
-        parameter = self.work.graph.parameters.get(source)
-        if parameter is not None:
-            use = (self.node.index, i)
-            known = self.work.edit.changes.get(use)
-            change = known or Change(None, parameter.shape, lambda array: array)
-            self.work.edit.changes[use] = Change(
-                (change.key, "scaled", factor),
-                change.shape,
-                lambda array: (change.make(array) * factor).astype(array.dtype),
-                uniform=False,
-            )
-            return
-        name = self.work.edit.name(f"{source}_scaled")
-        by = self.work.edit.constant(f"{name}_factor", np.array(factor, dtype_of(elem)))
-        self.work.edit.insert_before(self.node.index, "Mul", [source, by], name)
-        self.new.input[i] = name
-
-    def scale_output(self, factor: float, j: int = 0) -> None:
-        output = self.node.outputs[j]
-        elem = self.work.graph.types[output]
-        hidden = self.work.edit.name(f"{output}_unscaled")
-        by = self.work.edit.constant(f"{output}_factor", np.array(factor, dtype_of(elem)))
-        self.new.output[j] = hidden
-        self.work.edit.insert_after(self.node.index, "Mul", [hidden, by], output)
-
-
-def _shrunk(shape: Sequence[int | None], masks: Sequence[Kept]) -> tuple[int, ...]:
-    if not masks:
-        return tuple(-1 if n is None else n for n in shape)
-    return tuple((-1 if n is None else n) if m is None else len(m) for n, m in zip(shape, masks, strict=True))
+                fold_constants(self, node, contraction, dict(found))

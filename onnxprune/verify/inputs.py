@@ -9,9 +9,9 @@ import numpy as np
 from onnx import TensorProto
 
 from onnxprune.model.graph import Graph
-from onnxprune.model.infer import pin_candidates, symbolic_inputs
 from onnxprune.model.load import load
 from onnxprune.model.payload import dtype_of
+from onnxprune.model.pins import pin_candidates, symbolic_inputs
 
 __all__ = ["SPREADS", "draw", "index_limits", "input_sets", "size_candidates"]
 

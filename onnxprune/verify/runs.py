@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxprune.errors import ModelRejected
 from onnxprune.model.graph import Graph
-from onnxprune.model.infer import symbolic_inputs
+from onnxprune.model.pins import symbolic_inputs
 from onnxprune.verify.inputs import SPREADS, Feed, draw, size_candidates
 
 __all__ = ["SETS", "feeds_that_run", "run", "session"]
