@@ -6,9 +6,11 @@ off. None of them looks at a weight.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from onnxprune.axes.dead import Use, Verdicts, interpret
 from onnxprune.axes.expr import (
@@ -34,6 +36,7 @@ class Analysis:
     """What `analyse` found out.
 
     axes: per tensor, its axes as expressions; uses: the axes of parameters at each of their uses (node, input).
+    arithmetic: nodes that compute sizes and positions; covered: the fraction of each parameter that is in a group.
     """
 
     graph: Graph
@@ -46,11 +49,11 @@ class Analysis:
     verdicts: Verdicts
     contractions: dict[int, list[Contraction]]
     noted: dict[int, dict[str, Expr]]
-    exclude: tuple[str, ...] = ()
-    seconds: float = 0.0
-    arithmetic: set[int] = field(default_factory=set)
-    covered: dict[str, float] = field(default_factory=dict)
-    _names: dict[Atom, str] = field(default_factory=dict)
+    arithmetic: set[int]
+    covered: dict[str, float]
+    exclude: tuple[str, ...]
+    seconds: float
+    _names: dict[Atom, str]
 
     def provable(self, group: Group) -> bool:
         """True where pruning an inexact group can be checked against a reference that leaves its units out of every
@@ -79,16 +82,16 @@ def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclu
     Raises UsageError where a pattern matches nothing.
     """
     start = time.perf_counter()
-    walk = Walk(graph, registry)
-    walk.run()
-    walk.exclude(exclude)
-    walk.tie()
-    solution = walk.solve()
-    verdicts = interpret(graph, registry, walk.axes, walk.uses, walk.contractions, solution)
-    groups = find_groups(walk, verdicts, solution)
-    coverage, barriers, covered = find_coverage(walk, groups)
-    names = {g.atom: g.id for g in groups}
-    analysis = Analysis(
+    with _collector_at_rest():
+        walk = Walk(graph, registry)
+        walk.run()
+        walk.exclude(exclude)
+        walk.tie()
+        solution = walk.solve()
+        verdicts = interpret(graph, registry, walk.axes, walk.uses, walk.contractions, solution)
+        groups = find_groups(walk, verdicts, solution)
+        coverage, barriers, covered = find_coverage(walk, groups)
+    return Analysis(
         graph,
         registry,
         walk.axes,
@@ -99,10 +102,21 @@ def analyse(graph: Graph, *, registry: Mapping[str, Operator] = OPERATORS, exclu
         verdicts,
         walk.contractions,
         walk.noted,
-        arithmetic=walk.arithmetic,
-        covered=covered,
-        _names=names,
+        walk.arithmetic,
+        covered,
+        tuple(exclude),
+        time.perf_counter() - start,
+        {g.atom: g.id for g in groups},
     )
-    analysis.exclude = tuple(exclude)
-    analysis.seconds = time.perf_counter() - start
-    return analysis
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """The many small values made here are all kept: looking for garbage among them makes large graphs quadratic."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()

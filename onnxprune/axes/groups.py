@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from onnx import TensorProto
 
-from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, PRODUCES, Role, Use, Verdicts, consumed
+from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, INEXACT, PRODUCES, Role, Use, Verdicts, consumed
 from onnxprune.axes.expr import (
     Atom,
     Barrier,
@@ -24,6 +24,7 @@ from onnxprune.axes.walk import NO_PARAMETERS, OUTPUT, Walk, parameter_of
 
 __all__ = ["BarrierCost", "Coverage", "Group", "Member", "find_coverage", "find_groups"]
 
+TABLE_RANK = 3
 _POSITIONS = NO_PARAMETERS | {TensorProto.INT32}
 _WEAK = {
     "a kernel's extent",
@@ -69,7 +70,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How many parameters are in a group; `exact` leaves out inexact groups."""
+    """How many parameters are in a group; `exact` leaves out inexact groups.
+
+    What an exporter stored but nobody learnt is no parameter: integers, and tables of positions (attention masks,
+    anchor boxes: constants of rank 3 or more, without a channel, that meet elementwise operators only).
+    """
 
     params_total: int
     params_prunable: int
@@ -137,17 +142,24 @@ def _blame(axes: Sequence[Expr]) -> Barrier | None:
     return next(iter(inner or strong or found), None)
 
 
+def _only_broadcast(walk: Walk, name: str) -> bool:
+    """True where a constant meets nothing but elementwise operators."""
+    readers = [walk.registry.get(node.op) for node, _ in walk.graph.consumers.get(name, ())]
+    return bool(readers) and all(o is not None and o.broadcasts for o in readers)
+
+
 def find_coverage(walk: Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
     graph = walk.graph
     covered = {g.atom for g in groups}
-    exact = {g.atom for g in groups if g.kind != "inexact"}
+    exact = {g.atom for g in groups if g.kind != INEXACT}
+    all_exact = len(exact) == len(covered)
     best: dict[str, tuple[float, float, Barrier | None]] = {}
     for use, axes in walk.uses.items():
         name = parameter_of(graph, use)
         if graph.parameters[name].elem_type in NO_PARAMETERS:
             continue
         left = prod(_uncovered(e, covered) for e in axes)
-        left_exact = left if exact == covered else prod(_uncovered(e, exact) for e in axes)
+        left_exact = left if all_exact else prod(_uncovered(e, exact) for e in axes)
         barrier = _blame(axes) if left > 0 else None
         known = best.get(name)
         if known is None or left < known[0]:
@@ -158,6 +170,8 @@ def find_coverage(walk: Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[
         if name not in best:  # nothing reads it, or it holds positions
             continue
         left, left_exact, barrier = best[name]
+        if left == 1 and len(parameter.shape) >= TABLE_RANK and _only_broadcast(walk, name):
+            continue
         total += parameter.size
         prunable += parameter.size * (1 - left)
         exactly += parameter.size * (1 - left_exact)

@@ -209,8 +209,8 @@ class Walk:
             found = context.outputs[j] if j < len(context.outputs) else None
             shape = self.graph.shapes.get(name)
             if found is None:
-                self.whole(name, Barrier(node.label, node.op, "an output without a rule"))
-                continue
+                self.stop(node, context.inputs, Barrier(node.label, node.op, "an output without a rule"))
+                return
             found = tuple(resolve(e) for e in found)
             self.axes[name] = found
             if shape is not None and len(shape) != len(found):

@@ -18,6 +18,7 @@ import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
 from onnxprune.model.payload import Payload
+from onnxprune.ops.registry import Operator
 
 __all__ = ["Graph", "Model", "Node", "Parameter", "attribute_value", "subgraphs"]
 
@@ -121,6 +122,7 @@ class Model:
 class Graph:
     """The main graph of a model, indexed; nodes in topological order.
 
+    registry: the operators with which shapes and values were found out.
     shapes: per tensor, the sizes under `pins` (None for a size that isn't known); a tensor of unknown rank is absent.
     values: tensors whose value is known without running the model: shape arithmetic and small constants.
     varying: of those, the elements that depend on a symbolic size, so that they must not be taken for constants.
@@ -133,6 +135,7 @@ class Graph:
     parameters: dict[str, Parameter]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    registry: Mapping[str, Operator] = field(default_factory=dict)
     pins: Mapping[str, int] = field(default_factory=dict)
     shapes: dict[str, tuple[int | None, ...]] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)

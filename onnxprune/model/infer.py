@@ -48,7 +48,7 @@ def infer(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int
 
 def _run(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int]) -> Graph:
     graph = index_graph(model)
-    graph.pins = pins
+    graph.pins, graph.registry = pins, registry
     _Inference(graph, registry).run()
     return graph
 

@@ -2,6 +2,7 @@
 
 from onnxprune.ops import (
     attention,
+    classical,
     conv,
     elementwise,
     generator,
@@ -18,23 +19,20 @@ from onnxprune.ops.registry import Operator, Registry
 
 __all__ = ["OPERATORS", "Operator", "Registry"]
 
-_FAMILIES = (attention, conv, elementwise, generator, layout, matmul, norm, pieces, pool, quant, recurrent, reduce)
-
-OPERATORS = Registry(
-    operator
-    for family in (
-        attention,
-        conv,
-        elementwise,
-        generator,
-        layout,
-        matmul,
-        norm,
-        pieces,
-        pool,
-        quant,
-        recurrent,
-        reduce,
-    )
-    for operator in family.OPERATORS
+_FAMILIES = (
+    attention,
+    classical,
+    conv,
+    elementwise,
+    generator,
+    layout,
+    matmul,
+    norm,
+    pieces,
+    pool,
+    quant,
+    recurrent,
+    reduce,
 )
+
+OPERATORS = Registry(operator for family in _FAMILIES for operator in family.OPERATORS)

@@ -186,9 +186,9 @@ def rotary_axes(c: AxisContext) -> None:
         c.freeze("a rotary embedding turns its pairs", x[0], x[2], x[3])
         c.output(*x)
         return
-    c.freeze("a position", x[0], x[1])
     heads = int(c.attr("num_heads", 0))
     cos = c.axes(1 if c.node.op == "RotaryEmbedding" else 2)
+    c.freeze("a position", x[0], x[1], *cos)
     width = x[2].size // heads if heads else 2 * cos[-1].size
     if width <= 0 or x[2].size % width:
         raise GiveUp("the width of a rotary embedding's heads is unknown")
@@ -310,5 +310,7 @@ OPERATORS = (
     Operator("com.microsoft::RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary, shape=lambda n, i: [i[0]]),
     Operator("RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary),
     Operator("Attention", onnx_attention_axes, value_dead, attention_macs, patch_onnx_attention),
-    Operator("com.microsoft::EmbedLayerNormalization", embed_axes, embed_dead, shape=embed_shape),
+    Operator(
+        "com.microsoft::EmbedLayerNormalization", embed_axes, embed_dead, shape=embed_shape, indices=((0, 2), (1, 4))
+    ),
 )

@@ -7,9 +7,8 @@ removes whole groups, pruning o or i the same place in every group. A depthwise 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
-from onnxprune.axes.expr import Expr, resolve
+from onnxprune.axes.expr import Expr
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
 
@@ -167,6 +166,7 @@ OPERATORS = (
         conv_dead(0, 1),
         conv_macs(1),
         patch_groups,
+        rounds=True,
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
     ),
@@ -176,6 +176,7 @@ OPERATORS = (
         _zero_dead,
         conv_macs(3),
         patch_groups,
+        rounds=True,
         keeps=frozenset({1, 2, 4, 5, 6, 7}),
         quantised=((3, 5),),
     ),
@@ -184,5 +185,3 @@ OPERATORS = (
         "com.microsoft::FusedConv", fused_conv_axes, fused_conv_dead, conv_macs(1), patch_groups, shape=fused_shape
     ),
 )
-
-_ = (prod, resolve)

@@ -121,13 +121,13 @@ def mask_norm(kind: Kind, first: int | None, gamma: int, beta: int | None, defau
         kept = m.constant(m.mask(0))
         count = m.constant(1.0 / (m.kept_fraction(0) * m.size(0, axes)))
         epsilon = m.constant(m.node.attributes.get("epsilon", default_epsilon))
-        x = m.before("Mul", [m.node.inputs[0], kept])
+        x = m.before("Mul", [m.input(0), kept])
         if kind is Kind.NORM:
             mean = m.before("Mul", [m.summed(x, axes), count])
             x = m.before("Mul", [m.before("Sub", [x, mean]), kept])
         square = m.before("Mul", [m.summed(m.before("Mul", [x, x]), axes), count])
         y = m.before("Div", [x, m.before("Sqrt", [m.before("Add", [square, epsilon])])])
-        affine = [m.node.inputs[i] if m.has(i) else "" for i in (gamma, beta) if i is not None]
+        affine = [m.input(i) if m.has(i) else "" for i in (gamma, beta) if i is not None]
         if first is not None:
             affine = [m.laid(i, 1) for i in (gamma, beta) if i is not None]
         if len(affine) > 1 and affine[1]:
@@ -144,10 +144,9 @@ def patch_rms(first: int, gamma: int):
     def patch(p: PatchContext) -> None:
         rank = len(p.before(0))
         start = int(p.attr("axis", first)) % rank
-        before, after = prod(p.before(0)[start:]), prod(p.after(0)[start:])
-        if before == after or not all(p.exact(0, k) for k in range(start, rank)):
+        q = prod(p.share(0, k) for k in range(start, rank))
+        if q == 1:
             return
-        q = after / before
         p.scale(gamma, 1 / sqrt(q))
         p.set_attr("epsilon", float(p.attr("epsilon", 1e-5)) / q)
 

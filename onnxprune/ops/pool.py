@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
 
@@ -22,6 +22,8 @@ def spatial_axes(c: AxisContext) -> None:
 
 def resize_axes(c: AxisContext) -> None:
     """An axis that keeps its size passes: only spatial axes are ever resized."""
+    if c.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise GiveUp("sizes that depend on each other")
     if c.has(3):
         c.pinned(3, "the target sizes")
     x, sizes = c.axes(0), c.output_shape()
@@ -45,6 +47,7 @@ def patch_resize(p: PatchContext) -> None:
 def sampled_axes(c: AxisContext) -> None:
     """GridSample: the grid is spatial."""
     x = c.axes(0)
+    c.equal(x[0], c.axes(1)[0])
     c.freeze("a spatial axis", *x[2:], *c.axes(1)[1:])
     c.output(x[0], x[1], *(c.frozen(n, "a spatial axis") for n in c.output_shape()[2:]))
 

@@ -131,12 +131,13 @@ def _concat_shape(node, inputs):
 _SCALES = frozenset({1, 2, 4, 5, 6, 7})
 
 OPERATORS = (
-    Operator("QuantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2})),
+    Operator("QuantizeLinear", linear_axes, zero_stays, rounds=True, keeps=frozenset({1, 2})),
     Operator("DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}), quantised=((0, 2),)),
     Operator(
         "com.microsoft::QuantizeLinear",
         linear_axes,
         zero_stays,
+        rounds=True,
         keeps=frozenset({1, 2}),
         shape=lambda n, i: [(i[2][0] if len(i) > 2 and i[2] else 2, _sizes(i[0]))],
     ),
@@ -148,13 +149,14 @@ OPERATORS = (
         quantised=((0, 2),),
         shape=lambda n, i: [(i[1][0] if i[1] else 1, _sizes(i[0]))],
     ),
-    Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays),
+    Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays, rounds=True),
     Operator(
         "com.microsoft::QLinearAdd",
         qlinear_binary_axes,
         qlinear_add_dead,
         shape=_broadcast_shape,
         quantised=((0, 2), (3, 5)),
+        rounds=True,
         keeps=_SCALES,
     ),
     Operator(
@@ -163,11 +165,17 @@ OPERATORS = (
         qlinear_mul_dead,
         shape=_broadcast_shape,
         quantised=((0, 2), (3, 5)),
+        rounds=True,
         keeps=_SCALES,
     ),
     *(
         Operator(
-            f"com.microsoft::QLinear{name}", qlinear_unary_axes, dead, shape=_like(0), keeps=frozenset({1, 2, 3, 4})
+            f"com.microsoft::QLinear{name}",
+            qlinear_unary_axes,
+            dead,
+            shape=_like(0),
+            rounds=True,
+            keeps=frozenset({1, 2, 3, 4}),
         )
         for name, dead in (("LeakyRelu", zero_stays), ("Sigmoid", None))
     ),
@@ -176,8 +184,22 @@ OPERATORS = (
         qlinear_pool_axes,
         zero_stays,
         shape=_global_pool_shape,
+        rounds=True,
         keeps=frozenset({1, 2, 3, 4}),
     ),
-    Operator("com.microsoft::QLinearConcat", qlinear_concat_axes, qlinear_concat_dead, shape=_concat_shape, joins=True),
-    Operator("com.microsoft::QLinearSoftmax", qlinear_softmax_axes, shape=_like(0), keeps=frozenset({1, 2, 3, 4})),
+    Operator(
+        "com.microsoft::QLinearConcat",
+        qlinear_concat_axes,
+        qlinear_concat_dead,
+        shape=_concat_shape,
+        joins=True,
+        rounds=True,
+    ),
+    Operator(
+        "com.microsoft::QLinearSoftmax",
+        qlinear_softmax_axes,
+        shape=_like(0),
+        rounds=True,
+        keeps=frozenset({1, 2, 3, 4}),
+    ),
 )

@@ -104,6 +104,7 @@ OPERATORS = (
         recurrent_macs,
         patch_hidden,
         shape=quantised_lstm_shape,
+        rounds=True,
         keeps=frozenset({8, 9, 10, 11}),
         quantised=((1, 9), (2, 11)),
     ),

@@ -39,20 +39,20 @@ def patch_mean(since: int):
     """A mean over n' of n units, the others being zero, is n'/n of what it was over n."""
 
     def patch(p: PatchContext) -> None:
-        before, after = p.before(0), p.after(0)
         try:
-            gone = [k for k in reduced(p, len(before), since) if before[k] != after[k]]
+            gone = reduced(p, len(p.before(0)), since)
         except GiveUp:
             return
-        if gone and all(p.exact(0, k) for k in gone):
-            p.scale_output(prod(after[k] for k in gone) / prod(before[k] for k in gone))
+        q = prod(p.share(0, k) for k in gone)
+        if q != 1:
+            p.scale_output(q)
 
     return patch
 
 
 def mask_mean(m: MaskContext) -> None:
     """The mean of the kept units is that over all, the removed ones being zero, but for the count."""
-    m.replace_input(0, m.before("Mul", [m.node.inputs[0], m.constant(m.mask(0))]))
+    m.replace_input(0, m.before("Mul", [m.input(0), m.constant(m.mask(0))]))
     m.scale_output(1 / m.kept_fraction(0))
 
 
@@ -60,7 +60,7 @@ def mask_extreme(neutral: float):
     """Removed units get a value that can't win."""
 
     def mask(m: MaskContext) -> None:
-        kept = m.before("Mul", [m.node.inputs[0], m.constant(m.mask(0))])
+        kept = m.before("Mul", [m.input(0), m.constant(m.mask(0))])
         m.replace_input(0, m.before("Add", [kept, m.constant((1 - m.mask(0)) * neutral)]))
 
     return mask

@@ -40,6 +40,8 @@ class Operator:
     broadcasts: an input may have size 1 where the output has more, and the output follows the larger.
     joins: an input that lacks a unit has no say in it (a concatenation); its state is given as nan to `dead`.
     discrete: a rounding error in its input may change what it selects, so that outputs behind it can't be compared.
+    indices: (input, input) pairs of indices and the tensor that they look up along `axis` (0 by default).
+    rounds: it computes in, or rounds to, 8-bit integers.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
     """
 
@@ -60,6 +62,8 @@ class Operator:
     broadcasts: bool = False
     joins: bool = False
     discrete: bool = False
+    indices: tuple[tuple[int, int], ...] = ()
+    rounds: bool = False
     quantised: tuple[tuple[int, int], ...] = ()
 
 

@@ -261,9 +261,9 @@ class PatchContext(Protocol):
     def add_input(self, i: int, value: np.ndarray) -> None:
         """Give the new node a constant input that it did not have."""
 
-    def exact(self, i: int, axis: int) -> bool:
-        """True where the removed units of this axis vanish exactly, so that a division by its size is compensated;
-        False where the reduction is to run over the kept indices only (`--allow-inexact`)."""
+    def share(self, i: int, axis: int) -> float:
+        """Kept indices of an axis over those that the masked original counts: the removed units of exact groups are
+        zeros there, and are counted; those of inexact groups (`--allow-inexact`) are left out of it."""
 
     def scale(self, i: int, factor: float) -> None:
         """Multiply parameter input i by a constant."""
@@ -284,6 +284,9 @@ class MaskContext(Protocol):
 
     def has(self, i: int) -> bool:
         """True where input i is present."""
+
+    def input(self, i: int) -> str:
+        """Name of input i in the masked original."""
 
     def constant(self, value: Any, like: int = 0) -> str:
         """A constant of the type of input `like`; returns its name."""

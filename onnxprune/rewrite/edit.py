@@ -59,6 +59,7 @@ class Edit:
         self.after: dict[int, list[NodeProto]] = {}
         self.head: list[NodeProto] = []
         self.changes: dict[Use, Change] = {}
+        self.later: list[Callable[[], None]] = []  # steps that need the new names of exchanged parameters
         self.dropped: set[int] = set()
         self.undeclared: set[str] = set()  # tensors whose declared shape no longer holds
         self.new_tensors: list[tuple[TensorProto, Callable[[], np.ndarray] | None]] = []
@@ -106,6 +107,8 @@ class Edit:
         model.proto.CopyFrom(source.proto)
         graph = model.proto.graph
         self._exchange(model)
+        for step in self.later:
+            step()
         for tensor, make in self.new_tensors:
             added = graph.initializer.add()
             added.CopyFrom(tensor)

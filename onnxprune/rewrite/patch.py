@@ -88,10 +88,14 @@ class Patch:
             self.new.input.append("")
         self.new.input[i] = name
 
-    def exact(self, i: int, axis: int) -> bool:
+    def share(self, i: int, axis: int) -> float:
         use = self.work.analysis.uses.get((self.node.index, i))
         axes = use if use is not None else self.work.analysis.axes[self.node.inputs[i]]
-        return not any(a in self.work.inexact for a in atoms(axes[axis]) if a in self.work.keep)
+        alone = {a: self.work.keep[a] for a in atoms(axes[axis]) if a in self.work.keep and a in self.work.inexact}
+        left = kept(axes[axis], alone)
+        now = kept(axes[axis], self.work.keep)
+        before = axes[axis].size if left is None else len(left)
+        return (axes[axis].size if now is None else len(now)) / before
 
     def scale(self, i: int, factor: float) -> None:
         elem = self.work.graph.types[self.node.inputs[i]]

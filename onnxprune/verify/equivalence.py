@@ -17,6 +17,7 @@ from onnxprune.errors import ModelRejected, VerificationFailed
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import open_model
 from onnxprune.model.save import to_proto, write
+from onnxprune.ops.registry import Operator
 from onnxprune.result import Verification
 from onnxprune.select.plan import Plan
 from onnxprune.verify.compare import difference
@@ -28,21 +29,12 @@ from onnxprune.verify.runs import feeds_that_run, run, session
 __all__ = ["TOLERANCES", "check", "prove", "tolerance"]
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 4e-2, "int8": 5e-2}
-_ROUNDING = (
-    "QuantizeLinear",
-    "QLinear",
-    "DynamicQuantize",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulNBits",
-    "QGemm",
-)
 
 
-def tolerance(graph: Graph) -> float:
+def tolerance(graph: Graph, registry: Mapping[str, Operator]) -> float:
     """Largest error, relative to the largest output, that rounding explains, by the formats that the model computes
     in. Weights that are only stored in a smaller format are no excuse."""
-    if any(n.proto.op_type.startswith(_ROUNDING) for n in graph.nodes):
+    if any(n.op in registry and registry[n.op].rounds for n in graph.nodes):
         return TOLERANCES["int8"]
     computed = {graph.types.get(o) for n in graph.nodes for o in n.outputs if o not in graph.static}
     if TensorProto.BFLOAT16 in computed:
@@ -69,7 +61,7 @@ def prove(
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = Path(folder) / "masked.onnx"
         reference = masked(analysis, plan)
-        limit = tolerance(analysis.graph)
+        limit = tolerance(analysis.graph, analysis.registry)
         write(reference, path)
         feeds, wanted = feeds_that_run(analysis.graph, session(path), seed, shapes)
         absolute, relative = _compare(pruned, feeds, wanted)

@@ -113,9 +113,10 @@ def index_limits(graph: Graph) -> dict[str, int]:
         reached, pending = {name}, [name]
         while pending:
             for node, i in graph.consumers.get(pending.pop(), ()):
-                if ("Gather" in node.op and i == 1) or ("EmbedLayer" in node.op and i < 2):
-                    table = node.inputs[0] if "Gather" in node.op else node.inputs[2 + i * 2]
-                    shape = graph.shapes.get(table)
+                operator = graph.registry.get(node.op)
+                tables = [table for index, table in (operator.indices if operator else ()) if index == i]
+                if tables:
+                    shape = graph.shapes.get(node.inputs[tables[0]])
                     axis = int(node.attributes.get("axis", 0))
                     if shape and shape[axis]:
                         limits[name] = min(limits.get(name, 1 << 30), shape[axis] or 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -36,8 +37,9 @@ def masked(analysis: Analysis, plan: Plan) -> Model:
         _zero(analysis, edit, use, axes, keep)
     inexact = {g.atom: keep[g.atom] for g in pruned if g.kind == INEXACT}
     if inexact:
-        for k in analysis.contractions:
-            _mask(analysis, edit, analysis.graph.nodes[k], inexact)
+        edit.later.extend(
+            partial(_mask, analysis, edit, analysis.graph.nodes[k], inexact) for k in analysis.contractions
+        )
     return edit.build()
 
 
@@ -118,6 +120,9 @@ class _Mask:
 
     def has(self, i: int) -> bool:
         return i < len(self.node.inputs) and bool(self.node.inputs[i])
+
+    def input(self, i: int) -> str:
+        return self.new.input[i]
 
     def constant(self, value: Any, like: int = 0) -> str:
         elem = self.analysis.graph.types[self.node.inputs[like]]
