@@ -8,6 +8,8 @@ in a tensor of full size.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from onnxprune.axes.analysis import Analysis
@@ -31,20 +33,26 @@ def removable(analysis: Analysis) -> set[Atom]:
         inside: set[Atom] = set()
         for i, name in enumerate(node.inputs):
             for expr in analysis.uses.get((node.index, i)) or analysis.axes.get(name, ()):
-                found = free.intersection(atoms(expr))
-                inside |= found
-                refused.update(a for a in found if len(_left(expr, a)))
+                carried = free.intersection(atoms(expr))
+                inside |= carried
+                refused.update(a for a in carried if len(_left(expr, a)))
         for name in node.outputs:
             for expr in analysis.axes.get(name, ()):
                 refused.update(a for a in free.intersection(atoms(expr)) if len(_left(expr, a)))
         for atom in inside - outside:
             carriers[atom].add(node.index)
         refused |= {a for a in outside if not _all_outputs(analysis, node, a)}
-    return {
-        a
-        for a, ends in carriers.items()
-        if a not in refused and ends and all(_ends(analysis, analysis.graph.nodes[k], a) for k in ends)
-    }
+    found: set[Atom] = set()
+    small: set[str] = set()
+    for atom, ends in carriers.items():
+        nodes = [analysis.graph.nodes[k] for k in ends]
+        if atom in refused or not ends or not all(_leaves_bias(analysis, n, atom) for n in nodes):
+            continue
+        together = small | {n.outputs[0] for n in nodes if n.outputs[0] not in analysis.graph.values}
+        if broadcast_region(analysis, together) is not None:
+            found.add(atom)
+            small = together
+    return found
 
 
 def _left(expr: Expr, atom: Atom) -> np.ndarray:
@@ -58,37 +66,48 @@ def _all_outputs(analysis: Analysis, node: Node, atom: Atom) -> bool:
     return all(any(atom in set(atoms(e)) for e in analysis.axes.get(n, ())) for n in node.outputs if n)
 
 
-def _ends(analysis: Analysis, node: Node, atom: Atom) -> bool:
+def _leaves_bias(analysis: Analysis, node: Node, atom: Atom) -> bool:
     """True where a node that contracts the atom can be replaced by its bias."""
     graph = analysis.graph
     if all(n in graph.values for n in node.outputs):
-        return all(analysis.registry[node.op].from_shape is None for _ in node.outputs)
+        return analysis.registry[node.op].from_shape is None
     over = [c for c in analysis.contractions.get(node.index, ()) if atom in set(atoms(c.over))]
     if not over or any(c.kind is not Kind.PRODUCT for c in over) or len(node.outputs) != 1:
         return False
     bias = analysis.registry[node.op].bias
-    if bias is None or (bias < len(node.inputs) and node.inputs[bias] and node.inputs[bias] not in graph.parameters):
-        return False
-    return broadcast_region(analysis, node.outputs[0]) is not None
+    return bias is not None and (
+        bias >= len(node.inputs) or not node.inputs[bias] or node.inputs[bias] in graph.parameters
+    )
 
 
-def broadcast_region(analysis: Analysis, name: str) -> set[str] | None:
-    """The tensors that get size 1 on every axis but their channels when `name` does; None where a reader of one of
-    them does not broadcast."""
+def broadcast_region(analysis: Analysis, names: Collection[str]) -> set[str] | None:
+    """The tensors that get size 1 on every axis but their channels when `names` do; None where a reader of one of
+    them does not broadcast, or one leaves the graph. Any part of `names` then does as well as all of them."""
     graph = analysis.graph
-    small, pending = {name}, [name]
+    outside = {*graph.outputs, *(n for node in graph.nodes for n in node.captured)}
+    small = set(names)
+    pending = list(names)
     while pending:
         now = pending.pop()
-        if now in graph.outputs or any(now in n.captured for n in graph.nodes):
+        if now in outside:
             return None
         for reader, _ in graph.consumers.get(now, ()):
             operator = analysis.registry.get(reader.op)
             if operator is None or not operator.broadcasts or len(reader.outputs) != 1:
                 return None
             out = reader.outputs[0]
-            full = graph.shapes.get(out)
-            others = [n for n in reader.inputs if n and n not in small]
-            if out not in small and not any(graph.shapes.get(n) == full and n not in graph.parameters for n in others):
+            others = [n for n in reader.inputs if n and n not in small and n not in graph.parameters]
+            if out not in small and not any(graph.shapes.get(n) == graph.shapes.get(out) for n in others):
                 small.add(out)
                 pending.append(out)
+        if not pending:  # what absorbed a small tensor may have become small itself
+            grown = [n for n in small if any(_small_now(analysis, r, small) for r, _ in graph.consumers.get(n, ()))]
+            pending.extend(grown)
     return small
+
+
+def _small_now(analysis: Analysis, reader: Node, small: set[str]) -> bool:
+    graph = analysis.graph
+    out = reader.outputs[0]
+    others = [n for n in reader.inputs if n and n not in small and n not in graph.parameters]
+    return out not in small and not any(graph.shapes.get(n) == graph.shapes.get(out) for n in others)

@@ -26,7 +26,7 @@ from onnxprune.axes.expr import (
 from onnxprune.errors import UsageError
 from onnxprune.model.graph import Graph, Node
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, Contraction, GiveUp, Kind
+from onnxprune.ops.rules import MALFORMED, AxisContext, Contraction, GiveUp, Kind
 
 __all__ = ["NO_PARAMETERS", "OUTPUT", "Walk", "parameter_of"]
 
@@ -134,7 +134,7 @@ class Walk:
         except GiveUp as reason:
             self.stop(node, inputs, Barrier(node.label, node.op, str(reason)))
             return
-        except (IndexError, ValueError, TypeError, KeyError) as error:
+        except MALFORMED as error:
             self.stop(node, inputs, Barrier(node.label, node.op, f"an unusual form of {node.op} ({error})"))
             return
         self.accept(node, context)

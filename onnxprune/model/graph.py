@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, numpy_helper
 
+from onnxprune.errors import ModelRejected
 from onnxprune.model.payload import Payload
 from onnxprune.ops.registry import Operator
 
@@ -103,9 +104,12 @@ class Model:
     def array(self, tensor: TensorProto) -> np.ndarray:
         """The values of a stored tensor (read-only where it is mapped from a file)."""
         payload = self.payload(tensor)
-        if payload is None:
-            return numpy_helper.to_array(tensor)
-        return payload.read(tensor.data_type, tuple(tensor.dims))
+        try:
+            if payload is None:
+                return numpy_helper.to_array(tensor)
+            return payload.read(tensor.data_type, tuple(tensor.dims))
+        except (LookupError, TypeError, ValueError) as error:
+            raise ModelRejected(f"tensor '{tensor.name}' can't be read: {error}") from None
 
     def attach(self, tensor: TensorProto, payload: Payload) -> None:
         """Let `payload` hold the data of `tensor`."""
@@ -208,7 +212,10 @@ def sorted_nodes(nodes: Iterable[NodeProto]) -> list[NodeProto]:
                 continue
             state[k] = 1
             reads = [*nodes[k].input, *(n for body in subgraphs(nodes[k]) for n in sorted(names_used(body)))]
-            stack.extend(j for j in (maker.get(n, -1) for n in reversed(reads)) if j >= 0 and state[j] == 0)
+            makers = [maker[n] for n in reversed(reads) if n in maker]
+            if any(state[j] == 1 for j in makers):
+                raise ModelRejected(f"node '{nodes[k].name or nodes[k].op_type}' depends on its own output")
+            stack.extend(j for j in makers if state[j] == 0)
     return order
 
 

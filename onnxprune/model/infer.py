@@ -18,6 +18,7 @@ from onnx import TensorProto, TypeProto, defs, numpy_helper
 from onnxprune.model.graph import Graph, Model, Node, Parameter, index_graph, index_nodes
 from onnxprune.model.pins import pin_candidates
 from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import MALFORMED
 
 __all__ = ["infer"]
 
@@ -219,7 +220,7 @@ class _Inference:
         try:
             with np.errstate(all="ignore"):
                 results = operator.evaluate(node, *values)
-        except (ValueError, IndexError, TypeError, KeyError, AttributeError):
+        except MALFORMED:
             return False
         results = results if isinstance(results, tuple) else (results,)
         for name, result in zip(node.outputs, results, strict=False):
@@ -241,7 +242,7 @@ class _Inference:
         if key not in self.schemas:
             try:
                 self.schemas[key] = defs.get_schema(name, node.opset, domain)
-            except defs.SchemaError:
+            except (defs.SchemaError, TypeError):  # TypeError: a name that is no text
                 self.schemas[key] = None
         return self.schemas[key]
 
@@ -347,7 +348,7 @@ class _Inference:
         assert operator.shape is not None
         try:
             results = operator.shape(node, inputs)
-        except (TypeError, IndexError, KeyError, ValueError):
+        except MALFORMED:
             return
         for name, result in zip(node.outputs, results, strict=False):
             if name and result is not None:

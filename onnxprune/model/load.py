@@ -28,6 +28,7 @@ from onnxprune.ops.registry import Operator
 __all__ = ["load", "open_model", "stored_tensors"]
 
 OLDEST_OPSET = 7
+_ELEMENTS = set(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 
 
 def load(
@@ -92,12 +93,16 @@ def _map_external(model: Model, folder: Path) -> None:
         location = entries.get("location", "")
         if location in model.payloads:
             continue
+        if tensor.data_type not in _ELEMENTS:
+            raise ModelRejected(f"tensor '{tensor.name}' has an unknown type ({tensor.data_type})")
         expected = nbytes(tensor.data_type, tuple(tensor.dims))
         if location not in files:
             files[location] = _external_file(folder, location)
             model.nbytes += len(files[location].map)
-        offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", expected))
+        try:
+            offset, length = int(entries.get("offset", 0)), int(entries.get("length", expected))
+        except ValueError:
+            raise ModelRejected(f"tensor '{tensor.name}' has an offset or a length that is no number") from None
         if length != expected or offset < 0 or offset + length > len(files[location].map):
             raise ModelRejected(
                 f"tensor '{tensor.name}' wants {expected} bytes at {offset} of '{location}', "
@@ -221,6 +226,9 @@ def _check(model: Model) -> None:
             f"opset {version} is older than {OLDEST_OPSET}", "convert it with onnx.version_converter first"
         )
     names: set[str] = set()
+    for tensor in stored_tensors(proto.graph):
+        if tensor.data_type not in _ELEMENTS or any(d < 0 for d in tensor.dims):
+            raise ModelRejected(f"tensor '{tensor.name}' has an unknown type ({tensor.data_type}) or a negative size")
     for tensor in proto.graph.initializer:
         if tensor.name in names:
             raise ModelRejected(f"two initializers are called '{tensor.name}'")

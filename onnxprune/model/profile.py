@@ -18,6 +18,7 @@ from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import stored_tensors
 from onnxprune.model.payload import nbytes
 from onnxprune.model.pins import symbolic_inputs
+from onnxprune.ops.rules import MALFORMED
 from onnxprune.result import ModelSummary
 
 __all__ = ["Cost", "costs", "count", "summary"]
@@ -121,7 +122,7 @@ def costs(analysis: Analysis) -> dict[str, Cost]:
             for coefficient, axes in operator.macs(node, inputs, outputs):
                 if all(e.size >= 0 for e in axes):
                     macs.add(coefficient / batch, axes)
-        except (IndexError, ValueError):  # an input of unknown rank
+        except MALFORMED:  # an input of unknown rank
             continue
     return {"params": params.build(), "size": size.build(), "macs": macs.build()}
 

@@ -15,6 +15,7 @@ import numpy as np
 from onnxprune.axes.expr import Atom, Barrier, Expr, cut, equal, freeze, product, resolve, split, sum_of
 
 __all__ = [
+    "MALFORMED",
     "AxisContext",
     "AxisRule",
     "Contraction",
@@ -71,6 +72,10 @@ class Contraction:
     over: Expr
     fold: bool = False
     through: bool = False
+
+
+# what a rule may trip over at a node that is not what its operator's definition says
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)
 
 
 class GiveUp(Exception):

@@ -54,10 +54,13 @@ class Rewrite:
         self.edit = Edit(self.graph)
         self.values: dict[str, np.ndarray] = {}  # known values that differ from the original's
         self.memo: dict[str, tuple[Kept, ...]] = {}
+        self.left_bias: set[str] = set()
 
     def run(self) -> None:
         for node in self.graph.nodes:
             self.visit(node)
+        if self.left_bias:
+            self.edit.undeclared |= broadcast_region(self.analysis, self.left_bias) or self.left_bias
         for name, axes in self.analysis.axes.items():
             masks = self.masks(name, axes)
             if any(m is not None for m in masks):
@@ -138,7 +141,7 @@ class Rewrite:
         shape[channel] = count
         self.edit.drop(node.index)
         self.edit.replace(output, value.reshape(shape))
-        self.edit.undeclared |= broadcast_region(self.analysis, output) or {output}
+        self.left_bias.add(output)
 
     def foldable(self, node: Node) -> bool:
         operator = self.analysis.registry.get(node.op)

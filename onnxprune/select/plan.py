@@ -44,12 +44,16 @@ def _ranges(indices: np.ndarray) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
 
 
-def _indices(text: str) -> np.ndarray:
-    pieces = []
+def _indices(text: str, size: int) -> np.ndarray:
+    """The indices of `_ranges`: ascending, each once, below `size`. Raises ValueError."""
+    kept: list[int] = []
     for item in filter(None, text.split(",")):
-        a, _, b = item.partition("-")
-        pieces.append(np.arange(int(a), int(b or a) + 1))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+        first, _, last = item.partition("-")
+        a, b = int(first), int(last or first)
+        if not (kept[-1] if kept else -1) < a <= b < size:
+            raise ValueError(f"'{item}' of {size} units")
+        kept.extend(range(a, b + 1))
+    return np.array(kept, np.int64)
 
 
 def plan_to_text(plan: Plan, analysis: Analysis) -> str:
@@ -71,21 +75,16 @@ def plan_to_text(plan: Plan, analysis: Analysis) -> str:
 def plan_from_text(text: str, analysis: Analysis) -> Plan:
     """The plan stored in a pruned model, for the analysis of its original. Raises ModelRejected where they differ."""
     hint = "is this the model that it was pruned from, and the same version of onnxprune?"
-    try:
-        document = json.loads(text)
-        entries = document["groups"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ModelRejected("the plan stored in the pruned model can't be read") from None
     known = {g.id: g for g in analysis.groups}
     keep: dict[str, np.ndarray] = {}
-    for entry in entries:
-        group = known.get(entry["id"])
-        if group is None or group.size != entry["size"] or group.members[0].initializer != entry["member"]:
-            raise ModelRejected(f"group {entry['id']} of the stored plan does not exist in the original", hint)
-        kept = _indices(entry["kept"])
-        if len(kept) and (kept.min() < 0 or kept.max() >= group.size or np.any(np.diff(kept) <= 0)):
-            raise ModelRejected(f"group {entry['id']} of the stored plan keeps units that do not exist", hint)
-        keep[group.id] = kept
+    try:
+        for entry in json.loads(text)["groups"]:
+            group = known.get(entry["id"])
+            if group is None or group.size != entry["size"] or group.members[0].initializer != entry["member"]:
+                raise ModelRejected(f"group {entry['id']} of the stored plan does not exist in the original", hint)
+            keep[group.id] = _indices(entry["kept"], group.size)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ModelRejected(f"the plan stored in the pruned model can't be read: {error}", hint) from None
     return Plan(keep)
 
 

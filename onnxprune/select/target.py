@@ -57,6 +57,8 @@ def parse_target(text: str) -> Target:
         value *= _UNITS[match[2]]
     if relative and not 0 < value < 1:
         raise UsageError(f"target '{text}' is outside 0 to 1", hint)
+    if not 0 < value < float("inf"):
+        raise UsageError(f"target '{text}' is no amount that can remain", hint)
     if not relative and metric == "channels":
         raise UsageError(f"target '{text}': channels are given as a fraction", hint)
     return Target(metric, value if relative else None, None if relative else value, text)
