@@ -106,7 +106,8 @@ def multi_head_axes(c: AxisContext) -> None:
         if c.has(i):
             c.equal(c.axes(i)[1], h)
             c.equal(c.axes(i)[3], d if i == 6 else e)
-            c.freeze("cached keys and values", c.axes(i)[0], c.axes(i)[2])
+            c.equal(c.axes(i)[0], q[0])
+            c.freeze("cached keys and values", c.axes(i)[2])
     c.output(q[0], q[1], v[2])
     for j, width in ((1, d), (2, e)):
         if len(c.node.outputs) > j and c.node.outputs[j]:
@@ -230,17 +231,20 @@ def onnx_attention_axes(c: AxisContext) -> None:
     if d.size > 1:
         c.contract(Kind.PRODUCT, (0, len(q) - 1), (1, len(k) - 1), over=d)
     if c.has(3):
-        mask = c.axes(3)
-        if len(mask) == 4 and mask[1].size == heads:
-            c.equal(mask[1], qh)
-            c.freeze("a softmax runs over it", mask[0], *mask[2:])
-        else:
-            c.freeze("an attention mask", *mask)
+        mask = c.axes(3)  # broadcast to (batch, heads, query length, key length)
+        if len(mask) > 2 and mask[-3].size > 1:
+            c.equal(mask[-3], qh)
+        if len(mask) > 3 and mask[-4].size > 1:
+            c.equal(mask[-4], q[0])
+        c.freeze("a softmax runs over it", *mask[-2:])
+    if c.has(6):
+        c.equal(c.axes(6)[0], q[0])
     for i in (4, 5):
         if c.has(i):
             c.equal(c.axes(i)[1], kv)
             c.equal(c.axes(i)[3], d if i == 4 else e)
-            c.freeze("cached keys and values", c.axes(i)[0], c.axes(i)[2])
+            c.equal(c.axes(i)[0], q[0])
+            c.freeze("cached keys and values", c.axes(i)[2])
     c.output(*((q[0], q[1], c.product(qh, e)) if flat else (q[0], qh, q[2], e)))
     for j, width in ((1, d), (2, e)):
         if len(c.node.outputs) > j and c.node.outputs[j]:

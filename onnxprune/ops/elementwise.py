@@ -14,7 +14,7 @@ import onnx
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.registry import Evaluate, Operator
-from onnxprune.ops.rules import AxisContext, NodeView
+from onnxprune.ops.rules import AxisContext, GiveUp, NodeView
 
 __all__ = ["OPERATORS", "broadcast", "evaluated", "multiplied"]
 
@@ -40,6 +40,12 @@ def first_input_axes(c: AxisContext) -> None:
     """One tensor in, the other inputs are scalars; further outputs (a Dropout mask) have the same axes."""
     for j in range(len(c.node.outputs)):
         c.output(*c.axes(0), j=j)
+
+
+def dropout_axes(c: AxisContext) -> None:
+    if c.has(2) and (c.value(2) is None or np.any(c.value(2))):
+        raise GiveUp("a Dropout that is training is random")
+    first_input_axes(c)
 
 
 def evaluated(evaluate: Evaluate) -> Callable[[NodeView, Sequence[float | None]], float | None]:
@@ -212,7 +218,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
 OPERATORS = (
     *(_unary(name, f) for name, f in UNARY.items()),
     _unary("Identity", lambda x: x),
-    _unary("Dropout", lambda x: x),
+    _with("Dropout", lambda n, x, *_: x, dropout_axes),
     Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast, broadcasts=True),
     Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast),
     _with("LeakyRelu", lambda n, x: np.where(x < 0, _a(n, "alpha", 0.01) * x, x)),

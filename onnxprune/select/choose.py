@@ -20,6 +20,8 @@ from onnxprune.select.target import Target
 __all__ = ["Choice", "candidates", "choose"]
 
 TOLERANCE = 0.01
+ROUGHLY = 0.1  # how far from the target whole blocks may stay, where smaller ones would be
+SLOW_BELOW = 4  # channels: onnxruntime falls back to a layout that is slower than what pruning gains
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def choose(
     """Rank the units and choose a plan that meets the target, in blocks of `align`.
 
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
-    Where whole blocks don't reach the target, the block is halved until it does.
+    Where whole blocks don't reach the target, the block is halved until it does; below 4 channels, which is slow,
+    only where the target is missed by more than a tenth.
     Raises NothingPrunable, UsageError.
     """
     if scope not in ("global", "local"):
@@ -110,7 +113,8 @@ def choose(
         )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
-        if met(found, goal) or block == 1:
+        close = found.remaining <= goal * (1 + ROUGHLY) and found.keep
+        if met(found, goal) or block == 1 or (block <= SLOW_BELOW and close):
             break
         block //= 2
     if best is None:
