@@ -113,7 +113,7 @@ def choose(
         )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
-        close = found.remaining <= goal * (1 + ROUGHLY) and found.keep
+        close = found.remaining <= goal * (1 + ROUGHLY) and found.least <= goal and found.keep
         if met(found, goal) or block == 1 or (block <= SLOW_BELOW and close):
             break
         block //= 2

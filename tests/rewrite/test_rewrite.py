@@ -402,7 +402,7 @@ class TestForms:
 
     def test_initializers_that_are_listed_as_graph_inputs(self, prune) -> None:
         """IR version 3 required it."""
-        model = from_text(TestSharedInitializers.MODEL, ir=3, opset=8, **TestSharedInitializers.SHAPES)
+        model = from_text(TestSharedInitializers.MODEL, ir=3, opset=11, **TestSharedInitializers.SHAPES)
         for t in model.graph.initializer:
             model.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)))
         after = prune(model, w1=[0, 1, 2], w2=[5, 7])
