@@ -275,7 +275,7 @@ class _Inference:
         if schema is None:
             return False
         names = [n for n in (*node.inputs, *node.captured) if n]
-        types = {n: self.type_bytes(n) for n in names if self.graph.types.get(n)}
+        types = {n: self.type_bytes(n) for n in names if self.graph.types.get(n) or n in self.proto_types}
         if len(types) < len(set(node.inputs) - {""}):
             return False
         data = {}
@@ -332,6 +332,8 @@ class _Inference:
         return type_.SerializeToString()
 
     def learn(self, name: str, found: TypeProto) -> bool:
+        if found.HasField("sequence_type"):  # no tensor, but what is taken out of it has a shape again
+            self.proto_types[name] = found.SerializeToString()
         if not found.HasField("tensor_type"):
             return False
         tensor = found.tensor_type
