@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper, numpy_helper
+
+# The same examples in every run, so that a failure belongs to a change; longer hunts draw new ones.
+settings.register_profile("same", derandomize=True)
+if "ONNXPRUNE_EXAMPLES" not in os.environ:
+    settings.load_profile("same")
 
 
 def tiny_cnn_proto(*, channels: int = 64, classes: int = 10, seed: int = 0) -> onnx.ModelProto:

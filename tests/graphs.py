@@ -30,6 +30,7 @@ BATCH = "N"
 OPSETS = (11, 13, 17, 18, 21, 23)
 WIDTHS = (2, 3, 4, 6, 8, 12)
 FAR = 2**63 - 1
+EPSILON = 0.01  # large enough for rounding errors not to be blown up where a variance is next to nothing
 
 
 class Choices(Protocol):
@@ -657,7 +658,7 @@ def resized(b: Builder, x: Tensor) -> Tensor:
 
 def instance_norm(b: Builder, x: Tensor) -> Tensor:
     c = x.size(1)
-    return b.node("InstanceNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape)
+    return b.node("InstanceNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape, epsilon=EPSILON)
 
 
 def group_norm(b: Builder, x: Tensor) -> Tensor:
@@ -665,10 +666,12 @@ def group_norm(b: Builder, x: Tensor) -> Tensor:
     c, h, w = (x.size(k) for k in (1, 2, 3))
     groups = b.pick([g for g in range(2, c + 1) if c % g == 0] or [1])
     if b.opset >= 21 and b.chance():
-        return b.node("GroupNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape, num_groups=groups)
+        return b.node("GroupNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape, num_groups=groups,
+                      epsilon=EPSILON)
     y = b.reshape(x, [From(0), groups, c // groups * h * w])
     ones = b.initializer(np.ones(groups, np.float32))
-    y = b.node("InstanceNormalization", [y, ones, b.initializer(np.zeros(groups, np.float32))], y.shape)
+    y = b.node("InstanceNormalization", [y, ones, b.initializer(np.zeros(groups, np.float32))], y.shape,
+               epsilon=EPSILON)
     y = b.reshape(y, [From(0), c, h, w])
     y = b.mul(y, b.unsqueeze(b.vector(c, 0.5, 1.5), [1, 2]))
     return b.add(y, b.unsqueeze(b.vector(c), [1, 2]))
@@ -723,11 +726,11 @@ def layer_norm(b: Builder, x: Tensor) -> Tensor:
     """By the operator or written out."""
     d = x.size(-1)
     if b.opset >= 17 and b.chance():
-        return b.node("LayerNormalization", [x, b.vector(d, 0.5, 1.5), b.vector(d)], x.shape, axis=-1)
+        return b.node("LayerNormalization", [x, b.vector(d, 0.5, 1.5), b.vector(d)], x.shape, axis=-1, epsilon=EPSILON)
     last = [x.rank - 1]
     centred = b.elementwise("Sub", x, b.reduce("ReduceMean", x, last))
     variance = b.reduce("ReduceMean", b.elementwise("Pow", centred, b.scalar(2.0)), last)
-    root = b.elementwise("Sqrt", b.add(variance, b.scalar(1e-5)))
+    root = b.elementwise("Sqrt", b.add(variance, b.scalar(EPSILON)))
     return b.add(b.mul(b.elementwise("Div", centred, root), b.vector(d, 0.5, 1.5)), b.vector(d))
 
 
@@ -735,9 +738,9 @@ def rms_norm(b: Builder, x: Tensor) -> Tensor:
     """By the operator or written out."""
     d = x.size(-1)
     if b.opset >= 23 and b.chance():
-        return b.node("RMSNormalization", [x, b.vector(d, 0.5, 1.5)], x.shape, axis=-1)
+        return b.node("RMSNormalization", [x, b.vector(d, 0.5, 1.5)], x.shape, axis=-1, epsilon=EPSILON)
     square = b.elementwise("Pow", x, b.scalar(2.0)) if b.chance() else b.mul(x, x)
-    root = b.elementwise("Sqrt", b.add(b.reduce("ReduceMean", square, [x.rank - 1]), b.scalar(1e-5)))
+    root = b.elementwise("Sqrt", b.add(b.reduce("ReduceMean", square, [x.rank - 1]), b.scalar(EPSILON)))
     y = b.elementwise("Div", x, root) if b.chance() else b.mul(x, b.elementwise("Reciprocal", root))
     return b.mul(y, b.vector(d, 0.5, 1.5))
 

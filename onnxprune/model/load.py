@@ -235,6 +235,8 @@ def _check(model: Model) -> None:
         names.add(tensor.name)
     known = names | {i.name for i in proto.graph.input}
     for node in proto.graph.node:
+        if any(isinstance(n, bytes) for n in (node.op_type, node.domain, node.name, *node.input, *node.output)):
+            raise ModelRejected("a node has a name that is no text", "was the file copied completely?")
         for name in filter(None, node.output):
             if name in known:
                 raise ModelRejected(f"'{name}' is made twice, the second time by node '{node.name or node.op_type}'")

@@ -23,6 +23,7 @@ def packed_attention_axes(c: AxisContext) -> None:
     if sizes[0] != sizes[1] or sizes[2] % heads or sizes[0] % heads:
         raise GiveUp("the projections are not a whole number of heads")
     c.freeze("a softmax runs over it", x[1])
+    c.freeze("a batch", x[0])
     h = c.note("heads", c.fresh(heads))
     d = c.fresh(sizes[0] // heads)
     if len(c.node.outputs) > 1 or c.has(4) or c.attr("do_rotary", 0) or not float(c.attr("scale", 0.0) or 0.0):
@@ -93,6 +94,7 @@ def multi_head_axes(c: AxisContext) -> None:
     d, e = c.fresh(q[2].size // heads), c.fresh(v[2].size // heads)
     if not float(c.attr("scale", 0.0) or 0.0):
         c.freeze("a fused attention scales by its width", d)
+    c.freeze("a batch", q[0])
     c.equal(q[2], k[2], c.product(h, d))
     c.equal(v[2], c.product(h, e))
     if d.size > 1:
@@ -261,6 +263,7 @@ def embed_axes(c: AxisContext) -> None:
     """EmbedLayerNormalization: ids, segment ids, three tables, gamma, beta, mask; and the normalised sum."""
     ids, word = c.axes(0), c.axes(2)
     hidden = word[1]
+    c.freeze("a position", *ids)
     for i in (2, 3, 4):
         if c.has(i):
             c.freeze("it is looked up by index", c.axes(i)[0])

@@ -71,6 +71,8 @@ def fused_conv_axes(c: AxisContext) -> None:
     out = convolution(c, 0, 1, (2,))
     if c.has(3):
         c.equal(c.axes(3)[1], out)
+        c.equal(c.axes(3)[0], c.axes(0)[0])
+        c.freeze("a spatial axis", *c.axes(3)[2:])
     image(c, 0, out)
 
 

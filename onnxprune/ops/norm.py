@@ -138,7 +138,7 @@ def mask_norm(kind: Kind, first: int | None, gamma: int, beta: int | None, defau
     return mask
 
 
-def patch_rms(first: int, gamma: int):
+def patch_rms(first: int, gamma: int, default_epsilon: float = 1e-5):
     """gamma / sqrt(q) and epsilon / q where the removed units vanish exactly."""
 
     def patch(p: PatchContext) -> None:
@@ -148,7 +148,7 @@ def patch_rms(first: int, gamma: int):
         if q == 1:
             return
         p.scale(gamma, 1 / sqrt(q))
-        p.set_attr("epsilon", float(p.attr("epsilon", 1e-5)) / q)
+        p.set_attr("epsilon", float(p.attr("epsilon", default_epsilon)) / q)
 
     return patch
 
@@ -228,7 +228,7 @@ OPERATORS = (
         "com.microsoft::SkipSimplifiedLayerNormalization",
         skip_norm(Kind.RMS, 2, 3),
         skip_dead,
-        patch=patch_rms(-1, 2),
+        patch=patch_rms(-1, 2, 1e-12),
         shape=skip_shape,
     ),
     Operator("GroupNormalization", group_norm_axes, affine_dead(1, 2), patch=patch_group_norm, shape=_as_input),

@@ -43,11 +43,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def some_plan(data: st.DataObject, groups: list[Group]) -> Plan:
-    """Any units of any groups, one at least of each; counts follow no block size."""
+    """Any units of any groups, one at least of each; counts follow no block size.
+
+    Inexact groups keep three: over a single unit a LayerNormalization divides rounding errors by a variance of zero.
+    """
     keep = {}
     for group in groups:
         units = st.sampled_from(range(group.size))
-        gone = data.draw(st.sets(units, max_size=group.size - 1), label=f"units of {group.id} that go")
+        most = max(group.size - (3 if group.kind == INEXACT else 1), 0)
+        gone = data.draw(st.sets(units, max_size=most), label=f"units of {group.id} that go")
         if gone:
             keep[group.id] = np.setdiff1d(np.arange(group.size), list(gone))
     assume(keep)
