@@ -94,15 +94,32 @@ def test_inexact_groups_equal_a_reference_that_leaves_their_units_out(
 def test_a_pruned_model_runs_under_all_of_onnxruntimes_optimisations(
     folder: Path, model: onnx.ModelProto, data: st.DataObject
 ) -> None:
-    """Fusions match patterns of nodes and sizes; none may choke on what the rewriter leaves behind."""
-    path = folder / "optimised.onnx"
+    """Fusions match patterns of nodes and sizes; none may choke on what the rewriter leaves behind.
+
+    Where onnxruntime's fusions change the numbers of the original already (a normalisation of nearly equal values, whose
+    rounding errors it divides by each other), only that the pruned model runs is asked.
+    """
+    path, original = folder / "optimised.onnx", folder / "original.onnx"
     pruned(data, model, path)
+    onnx.save(model, original)
+    agree = both_ways(path)
+    if both_ways(original):
+        assert agree
+    else:
+        event("onnxruntime's optimised original differs from the plain one")
+
+
+def both_ways(path: Path) -> bool:
+    """Run a model with and without optimisations; true where the outputs agree."""
     plain = ort.SessionOptions()
     plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     expected = outputs_of(ort.InferenceSession(path, plain, providers=["CPUExecutionProvider"]))
     found = outputs_of(ort.InferenceSession(path, providers=["CPUExecutionProvider"]))
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * max(1.0, float(np.abs(a).max(initial=0))))
+    close = (
+        np.allclose(a, b, rtol=1e-3, atol=1e-3 * max(1.0, float(np.abs(a).max(initial=0))), equal_nan=True)
+        for a, b in zip(expected, found, strict=True)
+    )
+    return all(close)
 
 
 @given(model=models(blocks=4), data=st.data())
