@@ -53,10 +53,15 @@ class _Builder:
 
     def model(self, inputs: Sequence[tuple[str, int, Dims]], output: str, shape: Dims) -> ModelProto:
         graph: GraphProto = helper.make_graph(
-            self.nodes, "synthetic", [helper.make_tensor_value_info(*i) for i in inputs],
-            [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)], self.initializers)
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8,
-                                 producer_name="synthetic")
+            self.nodes,
+            "synthetic",
+            [helper.make_tensor_value_info(*i) for i in inputs],
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)],
+            self.initializers,
+        )
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="synthetic"
+        )
 
 
 def conv_chain(nodes: int, channels: int = 16) -> ModelProto:
@@ -80,8 +85,10 @@ def encoder_stack(nodes: int, hidden: int = 32, heads: int = 4, length: int = 8)
     x = b.node("MatMul", "x", b.weight(hidden, hidden))
     for _ in range(max((nodes - 2) // 29, 1)):
         y = b.node("LayerNormalization", x, b.weight(hidden), b.weight(hidden))
-        q, k, v = (b.node("Transpose", b.node("Reshape", _linear(b, y, hidden, hidden), shape), perm=perm)
-                   for perm in ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3)))
+        q, k, v = (
+            b.node("Transpose", b.node("Reshape", _linear(b, y, hidden, hidden), shape), perm=perm)
+            for perm in ((0, 2, 1, 3), (0, 2, 3, 1), (0, 2, 1, 3))
+        )
         weights = b.node("Softmax", b.node("Mul", b.node("MatMul", q, k), scale), axis=-1)
         y = b.node("Transpose", b.node("MatMul", weights, v), perm=(0, 2, 1, 3))
         x = b.node("Add", x, _linear(b, b.node("Reshape", y, back), hidden, hidden))
@@ -116,8 +123,7 @@ class _ExternalBuilder(_Builder):
             for done in range(0, size, PIECE):
                 piece = self.random.standard_normal(min(PIECE, size - done), np.float32) * scale
                 self.file.write(piece.tobytes())
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape,
-                             data_location=TensorProto.EXTERNAL)
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self.location), ("offset", str(start)), ("length", str(4 * size))):
             tensor.external_data.add(key=key, value=value)
         self.initializers.append(tensor)
@@ -137,8 +143,12 @@ def decoder(
         half = hidden // heads // 2
         angles = np.arange(positions)[:, None] / 10000 ** (np.arange(half) / half)[None, :]
         length = b.node("Gather", b.node("Shape", "tokens"), b.ints(1), axis=0)
-        waves = [b.node("Slice", b.constant(np.concatenate([wave, wave], 1).astype(np.float32)), b.ints(0), length,
-                        b.ints(0)) for wave in (np.cos(angles), np.sin(angles))]
+        waves = [
+            b.node(
+                "Slice", b.constant(np.concatenate([wave, wave], 1).astype(np.float32)), b.ints(0), length, b.ints(0)
+            )
+            for wave in (np.cos(angles), np.sin(angles))
+        ]
         x = b.node("Gather", b.weight(vocabulary, hidden), "tokens", axis=0)
         for _ in range(layers):
             x = b.node("Add", x, _attention(b, _rms_norm(b, x, hidden), waves, hidden, heads))
@@ -148,8 +158,10 @@ def decoder(
             y = b.node("Mul", gated, b.node("MatMul", y, b.weight(hidden, mlp)))
             x = b.node("Add", x, b.node("MatMul", y, b.weight(mlp, hidden)))
         logits = b.node("MatMul", _rms_norm(b, x, hidden), b.weight(hidden, vocabulary))
-    inputs = [("tokens", TensorProto.INT64, ("batch", "sequence")),
-              ("mask", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence"))]
+    inputs = [
+        ("tokens", TensorProto.INT64, ("batch", "sequence")),
+        ("mask", TensorProto.FLOAT, ("batch", 1, "sequence", "sequence")),
+    ]
     model = b.model(inputs, logits, ("batch", "sequence", vocabulary))
     onnx.save(model, path)
     return path.stat().st_size + (path.parent / location).stat().st_size
@@ -172,8 +184,10 @@ def _rotated(b: _Builder, x: str, waves: Sequence[str], half: int) -> str:
 
 def _attention(b: _Builder, x: str, waves: Sequence[str], hidden: int, heads: int) -> str:
     shape = b.ints(0, -1, heads, hidden // heads)
-    q, k, v = (b.node("Transpose", b.node("Reshape", b.node("MatMul", x, b.weight(hidden, hidden)), shape),
-                      perm=(0, 2, 1, 3)) for _ in range(3))
+    q, k, v = (
+        b.node("Transpose", b.node("Reshape", b.node("MatMul", x, b.weight(hidden, hidden)), shape), perm=(0, 2, 1, 3))
+        for _ in range(3)
+    )
     q, k = (_rotated(b, t, waves, hidden // heads // 2) for t in (q, k))
     scale = b.constant(np.array((hidden // heads) ** -0.5, np.float32))
     scores = b.node("Mul", b.node("MatMul", q, b.node("Transpose", k, perm=(0, 1, 3, 2))), scale)

@@ -59,8 +59,16 @@ def export(name: str, folder: Path, raw: bool) -> None:
     path = folder / (f"{name}.raw.onnx" if raw else f"{name}.onnx")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(build(name), (torch.zeros(1, 3, SIZE, SIZE),), str(path), dynamo=False, opset_version=OPSET,
-                          do_constant_folding=not raw, input_names=["input"], output_names=["logits"])
+        torch.onnx.export(
+            build(name),
+            (torch.zeros(1, 3, SIZE, SIZE),),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            do_constant_folding=not raw,
+            input_names=["input"],
+            output_names=["logits"],
+        )
     say(model=name, path=path.name, bytes=path.stat().st_size)
 
 
@@ -83,8 +91,12 @@ def time_groups(name: str, repeats: int) -> None:
         built = time.perf_counter()
         groups = sum(1 for _ in graph.get_all_groups(ignored_layers=[classifier(model)], root_module_types=roots))
         done = time.perf_counter()
-        say(build_s=built - start, groups_s=done - built, groups=groups,
-            peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        say(
+            build_s=built - start,
+            groups_s=done - built,
+            groups=groups,
+            peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
 
 
 def say(**fields: Any) -> None:
@@ -101,12 +113,16 @@ def main() -> None:
     timing = commands.add_parser("time")
     timing.add_argument("--model", required=True)
     timing.add_argument("--repeats", type=int, default=3)
+    timing.add_argument("--memory", type=float, help="gigabytes of address space at most")
     options = parser.parse_args()
     if options.command == "export":
         options.out.mkdir(parents=True, exist_ok=True)
         for name in options.models:
             export(name, options.out, options.raw)
     else:
+        if options.memory:
+            limit = int(options.memory * 1e9)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         time_groups(options.model, options.repeats)
 
 

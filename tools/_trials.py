@@ -40,9 +40,14 @@ def trial(path: str, target: str, latency: float = 0.0, best_effort: bool = Fals
         found.update(
             coverage=seen.analysis.coverage.fraction,
             exact=seen.analysis.coverage.params_exact / max(seen.analysis.coverage.params_total, 1),
-            initializers=initializer_coverage(seen.analysis), groups=len(seen.analysis.groups),
-            nodes=len(seen.analysis.graph.nodes), params=seen.summary.params, macs=seen.summary.macs,
-            load_s=seen.load_s, analyse_s=seen.analyse_s)
+            initializers=initializer_coverage(seen.analysis),
+            groups=len(seen.analysis.groups),
+            nodes=len(seen.analysis.graph.nodes),
+            params=seen.summary.params,
+            macs=seen.summary.macs,
+            load_s=seen.load_s,
+            analyse_s=seen.analyse_s,
+        )
         if seen.analysis.barriers:
             first = seen.analysis.barriers[0]
             found["barrier"] = f"{first.barrier.op_type} {first.barrier.node}: {first.barrier.reason}"
@@ -50,9 +55,15 @@ def trial(path: str, target: str, latency: float = 0.0, best_effort: bool = Fals
             output = Path(folder, "pruned.onnx")
             result = compress(path, output, target=target, best_effort=best_effort)
             assert result.after is not None and result.verification is not None
-            found.update(exit=0 if result.verification.passed else 5, params_after=result.after.params,
-                         macs_after=result.after.macs, error=result.verification.max_rel_error,
-                         reached=result.target.reached, met=result.target.met, warnings=result.warnings)
+            found.update(
+                exit=0 if result.verification.passed else 5,
+                params_after=result.after.params,
+                macs_after=result.after.macs,
+                error=result.verification.max_rel_error,
+                reached=result.target.reached,
+                met=result.target.met,
+                warnings=result.warnings,
+            )
             if latency:
                 found.update(measured(path, output, latency))
     except OnnxPruneError as error:
@@ -71,8 +82,11 @@ def measured(before: str, after: Path, seconds: float) -> Trial:
         latency = compare(before, after, seconds=seconds)
     except OnnxPruneError as error:
         return {"latency_note": str(error)}
-    return {"before_ms": latency.before.median_ms, "after_ms": latency.after.median_ms,
-            "significant": latency.significant}
+    return {
+        "before_ms": latency.before.median_ms,
+        "after_ms": latency.after.median_ms,
+        "significant": latency.significant,
+    }
 
 
 def initializer_coverage(analysis: Any) -> float:
@@ -114,8 +128,13 @@ class _Child:
 
     def lost(self, request: dict[str, Any], code: str, reason: str, start: float) -> Trial:
         self.close()
-        return {"path": request["path"], "exit": code, "reason": reason, "barrier": "",
-                "seconds": time.perf_counter() - start}
+        return {
+            "path": request["path"],
+            "exit": code,
+            "reason": reason,
+            "barrier": "",
+            "seconds": time.perf_counter() - start,
+        }
 
     def close(self) -> None:
         if self.process is not None:
@@ -128,8 +147,9 @@ def run_all(
     paths: Sequence[Path], target: str, *, jobs: int, limit: float, latency: float = 0.0, best_effort: bool = False
 ) -> Iterator[Trial]:
     """Trials as they end. jobs: child processes; 0 runs them in this one, without a time limit."""
-    requests: list[dict[str, Any]] = [{"path": str(p), "target": target, "latency": latency, "best_effort": best_effort}
-                                      for p in paths]
+    requests: list[dict[str, Any]] = [
+        {"path": str(p), "target": target, "latency": latency, "best_effort": best_effort} for p in paths
+    ]
     if jobs == 0:
         for request in requests:
             yield trial(**request)
@@ -155,8 +175,16 @@ def run_all(
 
 def exit_counts(trials: Sequence[Trial]) -> str:
     """How often each exit code came up."""
-    meaning = {"0": "done and verified", "1": "internal error", "2": "usage", "3": "rejected or nothing prunable",
-               "4": "target not reached", "5": "verification failed", CRASH: "process died", TIMEOUT: "took too long"}
+    meaning = {
+        "0": "done and verified",
+        "1": "internal error",
+        "2": "usage",
+        "3": "rejected or nothing prunable",
+        "4": "target not reached",
+        "5": "verification failed",
+        CRASH: "process died",
+        TIMEOUT: "took too long",
+    }
     counts: dict[str, int] = {}
     for t in trials:
         counts[str(t["exit"])] = counts.get(str(t["exit"]), 0) + 1

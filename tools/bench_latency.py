@@ -36,8 +36,9 @@ def prune(source: Path, folder: Path, target: str, choices: dict[str, Any]) -> d
     found = {}
     for deploy in DEPLOYMENTS:
         try:
-            found[deploy] = compress(source, folder / f"{source.stem}.{deploy}.onnx", target=target, deploy=deploy,
-                                     force=True, **choices)
+            found[deploy] = compress(
+                source, folder / f"{source.stem}.{deploy}.onnx", target=target, deploy=deploy, force=True, **choices
+            )
         except OnnxPruneError as error:
             print(f"{source.stem} for {deploy}: {type(error).__name__}: {error}", flush=True)
     return found
@@ -51,20 +52,47 @@ def ratios(benches: list[Bench], k: int) -> list[float]:
 def rows_of(name: str, results: dict[str, Result], benches: list[Bench]) -> list[list[str]]:
     before = next(iter(results.values())).before
     first = [b.rows[0] for b in benches]
-    rows = [[name, "original", "1.000", amount(before.macs), amount(before.params), "",
-             f"{statistics.median(r.median_ms for r in first):.2f}", f"{min(r.min_ms for r in first):.2f}",
-             "1.00x", "", str(first[0].nchwc_kernels), "", "", ""]]
+    rows = [
+        [
+            name,
+            "original",
+            "1.000",
+            amount(before.macs),
+            amount(before.params),
+            "",
+            f"{statistics.median(r.median_ms for r in first):.2f}",
+            f"{min(r.min_ms for r in first):.2f}",
+            "1.00x",
+            "",
+            str(first[0].nchwc_kernels),
+            "",
+            "",
+            "",
+        ]
+    ]
     for k, (deploy, result) in enumerate(results.items(), 1):
         after, proof = result.after, result.verification
         assert after is not None and proof is not None
         mine, found = [b.rows[k] for b in benches], ratios(benches, k)
         middle, limit = statistics.median(found), TARGETS.get(name) if deploy == "ort-cpu" else None
-        rows.append([
-            "", deploy, f"{after.macs / before.macs:.3f}", amount(after.macs), amount(after.params), str(result.align),
-            f"{statistics.median(r.median_ms for r in mine):.2f}", f"{min(r.min_ms for r in mine):.2f}",
-            f"{middle:.2f}x", f"{min(found):.2f}-{max(found):.2f}", str(mine[0].nchwc_kernels),
-            f"{proof.max_rel_error:.1e}", f">= {limit}x" if limit else "",
-            verdict(middle, limit, at_least=True) if limit else ""])
+        rows.append(
+            [
+                "",
+                deploy,
+                f"{after.macs / before.macs:.3f}",
+                amount(after.macs),
+                amount(after.params),
+                str(result.align),
+                f"{statistics.median(r.median_ms for r in mine):.2f}",
+                f"{min(r.min_ms for r in mine):.2f}",
+                f"{middle:.2f}x",
+                f"{min(found):.2f}-{max(found):.2f}",
+                str(mine[0].nchwc_kernels),
+                f"{proof.max_rel_error:.1e}",
+                f">= {limit}x" if limit else "",
+                verdict(middle, limit, at_least=True) if limit else "",
+            ]
+        )
     return rows
 
 
@@ -99,14 +127,33 @@ def main() -> None:
             paths = [source, *(folder / f"{name}.{deploy}.onnx" for deploy in results)]
             benches = [bench(paths, threads=options.threads, seconds=options.seconds) for _ in range(options.rounds)]
             rows += rows_of(name, results, benches)
-            document["models"][name] = {"models": ["original", *results], "rounds": [
-                [asdict(r) for r in b.rows] for b in benches]}
+            document["models"][name] = {
+                "models": ["original", *results],
+                "rounds": [[asdict(r) for r in b.rows] for b in benches],
+            }
             document["runtime"] = benches[0].runtime
             print(f"{name} done", file=sys.stderr, flush=True)
-    print_table(["model", "deploy", "MACs kept", "MACs", "params", "block", "median ms", "min ms", "speed-up",
-                 "rounds", "NCHWc", "rel. error", "target", ""], rows,
-                f"{document.get('runtime', '')}, {options.threads} thread, {options.rounds} rounds of "
-                f"{options.seconds:g} s per model, {options.target}")
+    print_table(
+        [
+            "model",
+            "deploy",
+            "MACs kept",
+            "MACs",
+            "params",
+            "block",
+            "median ms",
+            "min ms",
+            "speed-up",
+            "rounds",
+            "NCHWc",
+            "rel. error",
+            "target",
+            "",
+        ],
+        rows,
+        f"{document.get('runtime', '')}, {options.threads} thread, {options.rounds} rounds of "
+        f"{options.seconds:g} s per model, {options.target}",
+    )
     write_json(options.json, document)
 
 

@@ -67,8 +67,18 @@ def child(model: str, output: str, target: str, best_effort: bool) -> None:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
             fresh = False  # peaks only grow from here on
-        print(json.dumps({"left": state["stage"], "peak": peak, "seconds": now - state["since"],
-                          "entered": stage, "fresh": fresh}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "left": state["stage"],
+                    "peak": peak,
+                    "seconds": now - state["since"],
+                    "entered": stage,
+                    "fresh": fresh,
+                }
+            ),
+            flush=True,
+        )
         state.update(stage=stage, since=now)
 
     enter("load")
@@ -77,8 +87,12 @@ def child(model: str, output: str, target: str, best_effort: bool) -> None:
     try:
         result = compress(model, output, target=target, force=True, best_effort=best_effort, progress=enter)
         assert result.after is not None and result.verification is not None
-        summary.update(exit=0, params=result.before.params, params_after=result.after.params,
-                       error=result.verification.max_rel_error)
+        summary.update(
+            exit=0,
+            params=result.before.params,
+            params_after=result.after.params,
+            error=result.verification.max_rel_error,
+        )
     except OnnxPruneError as error:
         summary.update(exit=error.exit_code, reason=f"{type(error).__name__}: {error}")
     summary["wall_s"] = time.perf_counter() - start
@@ -89,8 +103,9 @@ def child(model: str, output: str, target: str, best_effort: bool) -> None:
 def measure(model: Path, output: Path, target: str, best_effort: bool) -> tuple[dict[str, Stage], dict[str, Any]]:
     """Run the child and watch it."""
     command = [sys.executable, __file__, "--child", str(model), str(output), "--target", target]
-    process = subprocess.Popen([*command, *(["--best-effort"] if best_effort else [])], stdout=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [*command, *(["--best-effort"] if best_effort else [])], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     stages: dict[str, Stage] = {"start": Stage()}
     current = ["start"]
@@ -127,11 +142,16 @@ def measure(model: Path, output: Path, target: str, best_effort: bool) -> tuple[
 
 
 def report(title: str, size: int, stages: dict[str, Stage], summary: dict[str, Any]) -> None:
-    rows = [[name, f"{s.seconds:.2f}", f"{s.peak / MB:.0f}", f"{s.private / MB:.0f}", f"{s.peak / size:.2f}"]
-            for name, s in stages.items()]
+    rows = [
+        [name, f"{s.seconds:.2f}", f"{s.peak / MB:.0f}", f"{s.private / MB:.0f}", f"{s.peak / size:.2f}"]
+        for name, s in stages.items()
+    ]
     print_table(["stage", "seconds", "peak MB", "private MB", "x model"], rows, title)
-    outcome = (f"{summary['params']:,} -> {summary['params_after']:,} parameters, relative error {summary['error']:.1e}"
-               if summary["exit"] == 0 else summary["reason"])
+    outcome = (
+        f"{summary['params']:,} -> {summary['params_after']:,} parameters, relative error {summary['error']:.1e}"
+        if summary["exit"] == 0
+        else summary["reason"]
+    )
     print(f"exit {summary['exit']}: {outcome}")
 
 
@@ -149,8 +169,16 @@ def small(options: argparse.Namespace, output: Path) -> dict[str, Any]:
         report(f"{options.model.name}, {size / MB:.0f} MB, {options.target}, run {k + 1}", size, stages, summary)
         runs.append({"stages": {n: vars(s) for n, s in stages.items()}, "summary": summary})
         peak = max(s.peak for s in stages.values())
-        rows.append([str(k + 1), f"{summary['wall_s']:.1f}", verdict(summary["wall_s"], SECONDS_TARGET),
-                     f"{peak / MB:.0f}", f"{peak / size:.2f}", verdict(peak / size, SIZES_TARGET)])
+        rows.append(
+            [
+                str(k + 1),
+                f"{summary['wall_s']:.1f}",
+                verdict(summary["wall_s"], SECONDS_TARGET),
+                f"{peak / MB:.0f}",
+                f"{peak / size:.2f}",
+                verdict(peak / size, SIZES_TARGET),
+            ]
+        )
     print_table(["run", "wall s", f"<= {SECONDS_TARGET:.0f}", "peak MB", "x model", f"<= {SIZES_TARGET:.0f}"], rows)
     return {"bytes": size, "runs": runs}
 
@@ -169,9 +197,11 @@ def large(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     report(f"{path.name}, {layers} layers, {size / MB:.0f} MB, {options.target}", size, stages, summary)
     ours = max(stages[n].peak for n in BEFORE_VERIFY if n in stages) / MB
     private = max(stages[n].private for n in BEFORE_VERIFY if n in stages) / MB
-    print(f"up to and including the rewrite: peak {ours:.0f} MB ({verdict(ours, LARGE_TARGET_MB)}: "
-          f"<= {LARGE_TARGET_MB:.0f}), of it private {private:.0f} MB; "
-          f"verification: {stages['verify'].peak / MB if 'verify' in stages else 0:.0f} MB")
+    print(
+        f"up to and including the rewrite: peak {ours:.0f} MB ({verdict(ours, LARGE_TARGET_MB)}: "
+        f"<= {LARGE_TARGET_MB:.0f}), of it private {private:.0f} MB; "
+        f"verification: {stages['verify'].peak / MB if 'verify' in stages else 0:.0f} MB"
+    )
     return {"bytes": size, "stages": {n: vars(s) for n, s in stages.items()}, "summary": summary}
 
 

@@ -3,6 +3,7 @@
     python tools/coverage_table.py MODELS_DIR [--reach reach.csv] [--target params=0.7] [--latency 0.5]
 
 coverage   share of all parameters that lie in a prunable group
+exact      the same without groups whose removal changes more than they contribute (--allow-inexact)
 init       the same over initializers that some node reads, which is what reach.csv states as a floor (its last column,
            rounded to two places); LOW where init is below it
 error      the pruned model against the masked original in onnxruntime, relative
@@ -42,10 +43,21 @@ def row_of(t: Trial, name: str, floor: float | None) -> list[str]:
         return f"{amount(t[key])}{after}" if key in t else ""
 
     latency = f"{t['before_ms']:.3g} -> {t['after_ms']:.3g}" if "before_ms" in t else t.get("latency_note", "")[:20]
-    return [name, percent("coverage"), percent("initializers"),
-            "" if floor is None else f"{floor:.0%}", below(t, floor), pair("params"), pair("macs"),
-            f"{t['error']:.0e}" if "error" in t else "", latency, f"{t['seconds']:.1f}", str(t["exit"]),
-            (t["reason"] or t["barrier"] if t["exit"] != 0 or below(t, floor) == "LOW" else "")[:REASON]]
+    return [
+        name,
+        percent("coverage"),
+        percent("exact"),
+        percent("initializers"),
+        "" if floor is None else f"{floor:.0%}",
+        below(t, floor),
+        pair("params"),
+        pair("macs"),
+        f"{t['error']:.0e}" if "error" in t else "",
+        latency,
+        f"{t['seconds']:.1f}",
+        str(t["exit"]),
+        (t["reason"] or t["barrier"] if t["exit"] != 0 or below(t, floor) == "LOW" else "")[:REASON],
+    ]
 
 
 def below(t: Trial, floor: float | None) -> str:
@@ -69,23 +81,52 @@ def main() -> None:
     options = parser.parse_args()
     floors = read_reach(options.reach) if options.reach else {}
     root: Path = options.models_dir
-    paths = sorted(p for p in root.rglob("*.onnx")
-                   if not options.only or re.search(options.only, str(p.relative_to(root))))
+    paths = sorted(
+        p for p in root.rglob("*.onnx") if not options.only or re.search(options.only, str(p.relative_to(root)))
+    )
     if not paths:
         sys.exit(f"no .onnx below {root}")
     note = machine_note()
     print(note)
     trials: list[Trial] = []
-    for done in run_all(paths, options.target, jobs=options.jobs, limit=options.limit, latency=options.latency,
-                        best_effort=options.best_effort):
+    for done in run_all(
+        paths,
+        options.target,
+        jobs=options.jobs,
+        limit=options.limit,
+        latency=options.latency,
+        best_effort=options.best_effort,
+    ):
         trials.append(done)
-        print(f"{len(trials)}/{len(paths)} {Path(done['path']).stem}: exit {done['exit']} {done['reason'][:150]}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{len(trials)}/{len(paths)} {Path(done['path']).stem}: exit {done['exit']} {done['reason'][:150]}",
+            file=sys.stderr,
+            flush=True,
+        )
     trials.sort(key=lambda t: t["path"])
-    rows = [row_of(t, str(Path(t["path"]).relative_to(root).with_suffix("")), floors.get(Path(t["path"]).stem))
-            for t in trials]
-    print_table(["model", "coverage", "init", "reach", "", "params", "MACs", "error", "latency ms", "seconds", "exit",
-                 "reason, or the largest barrier"], rows, f"{options.target}, {len(trials)} models")
+    rows = [
+        row_of(t, str(Path(t["path"]).relative_to(root).with_suffix("")), floors.get(Path(t["path"]).stem))
+        for t in trials
+    ]
+    print_table(
+        [
+            "model",
+            "coverage",
+            "exact",
+            "init",
+            "reach",
+            "",
+            "params",
+            "MACs",
+            "error",
+            "latency ms",
+            "seconds",
+            "exit",
+            "reason, or the largest barrier",
+        ],
+        rows,
+        f"{options.target}, {len(trials)} models",
+    )
     print(f"\n{exit_counts(trials)}")
     known = [(t, floors[Path(t["path"]).stem]) for t in trials if Path(t["path"]).stem in floors]
     low = [Path(t["path"]).stem for t, floor in known if below(t, floor) == "LOW"]

@@ -51,11 +51,24 @@ def summary_rows(trials: Sequence[Trial]) -> list[list[str]]:
     rows = []
     for name, inside in [*sorted(by_folder.items()), ("all", list(trials))]:
         done = sum(t["exit"] == 0 for t in inside)
-        coverages = [t["coverage"] for t in inside if "coverage" in t]
-        mean = f"{sum(coverages) / len(coverages):.1%}" if coverages else ""
-        rows.append([name, str(len(inside)), str(done), f"{done / len(inside):.1%}", mean,
-                     f"{sum(t['seconds'] for t in inside):.0f}"])
+        rows.append(
+            [
+                name,
+                str(len(inside)),
+                str(done),
+                f"{done / len(inside):.1%}",
+                mean_of(inside, "coverage"),
+                mean_of(inside, "exact"),
+                f"{sum(t['seconds'] for t in inside):.0f}",
+            ]
+        )
     return rows
+
+
+def mean_of(trials: Sequence[Trial], key: str) -> str:
+    """Mean share over the trials that came far enough to have one."""
+    shares = [t[key] for t in trials if key in t]
+    return f"{sum(shares) / len(shares):.1%}" if shares else ""
 
 
 def spread_rows(trials: Sequence[Trial], exporters: Sequence[str]) -> tuple[list[list[str]], int]:
@@ -92,8 +105,12 @@ def main() -> None:
     parser.add_argument("--all-spreads", action="store_true", help="list networks whose exporters agree, too")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
-    paths = [p for f in folders_of(options.zoo) for p in runnable(f)
-             if not options.only or re.search(options.only, f"{f.name}/{p.stem}")]
+    paths = [
+        p
+        for f in folders_of(options.zoo)
+        for p in runnable(f)
+        if not options.only or re.search(options.only, f"{f.name}/{p.stem}")
+    ]
     if not paths:
         sys.exit("no models that onnxruntime runs")
     note = machine_note()
@@ -101,22 +118,39 @@ def main() -> None:
     trials: list[Trial] = []
     for done in run_all(paths, options.target, jobs=options.jobs, limit=options.limit, best_effort=options.best_effort):
         trials.append(done)
-        print(f"{len(trials)}/{len(paths)} {folder(done)}/{Path(done['path']).stem}: exit {done['exit']} "
-              f"{done['reason'][:150]}", file=sys.stderr, flush=True)
+        print(
+            f"{len(trials)}/{len(paths)} {folder(done)}/{Path(done['path']).stem}: exit {done['exit']} "
+            f"{done['reason'][:150]}",
+            file=sys.stderr,
+            flush=True,
+        )
     trials.sort(key=lambda t: t["path"])
-    print_table(["family-exporter", "run in ort", "exit 0", "share", "mean coverage", "seconds"], summary_rows(trials),
-                f"{options.target}: models that onnxruntime runs, and how many are pruned and verified")
+    print_table(
+        ["family-exporter", "run in ort", "exit 0", "share", "mean coverage", "mean exact", "seconds"],
+        summary_rows(trials),
+        f"{options.target}: models that onnxruntime runs, and how many are pruned and verified",
+    )
     print(f"\n{exit_counts(trials)}")
-    exceptions = [[f"{folder(t)}/{Path(t['path']).stem}", str(t["exit"]),
-                   f"{t['coverage']:.1%}" if "coverage" in t else "", (t["reason"] or t["barrier"])[:REASON]]
-                  for t in trials if t["exit"] != 0]
+    exceptions = [
+        [
+            f"{folder(t)}/{Path(t['path']).stem}",
+            str(t["exit"]),
+            f"{t['coverage']:.1%}" if "coverage" in t else "",
+            (t["reason"] or t["barrier"])[:REASON],
+        ]
+        for t in trials
+        if t["exit"] != 0
+    ]
     print_table(["exception", "exit", "coverage", "reason"], exceptions, f"{len(exceptions)} exceptions")
     exporters = sorted({folder(t).partition("-")[2] for t in trials})
     rows, flagged = spread_rows(trials, exporters)
     shown = [r for r in rows if r[-1] or options.all_spreads]
-    print_table(["network", *exporters, "spread", ""], shown,
-                f"Coverage per exporter, {len(rows)} networks from several; {flagged} more than "
-                f"{SPREAD * 100:.0f} points apart")
+    print_table(
+        ["network", *exporters, "spread", ""],
+        shown,
+        f"Coverage per exporter, {len(rows)} networks from several; {flagged} more than "
+        f"{SPREAD * 100:.0f} points apart",
+    )
     write_json(options.json, {"machine": note, "target": options.target, "trials": trials, "apart": flagged})
 
 

@@ -20,7 +20,6 @@ from onnxprune.axes.expr import (
     Solution,
     equal,
     freeze,
-    is_frozen,
     resolve,
 )
 from onnxprune.errors import UsageError
@@ -242,25 +241,17 @@ class Walk:
                 )
 
     def tie(self) -> None:
-        """One matrix at several uses stays one matrix, unless a use can be pruned where another can't."""
+        """One matrix at several uses stays one matrix: an axis that one of them must keep whole stays for all."""
         by_name: dict[str, list[Use]] = {}
         for n, i in self.uses:
             if i >= 0 and n != OUTPUT:
                 by_name.setdefault(self.graph.nodes[n].inputs[i], []).append((n, i))
         for name, uses in by_name.items():
-            if len(uses) < 2 or len(self.graph.parameters[name].shape) < TIED_FROM:
-                continue
-            first = self.uses[uses[0]]
-            for use in uses[1:]:
-                pairs = list(zip(first, self.uses[use], strict=True))
-                arithmetic = any(self.is_static(self.graph.nodes[n]) for n, _ in (uses[0], use))
-                if arithmetic or all(is_frozen(a) == is_frozen(b) for a, b in pairs):
-                    for a, b in pairs:
-                        equal(a, b, Barrier(name, "initializer", f"'{name}' is used in several places"))
-
-    def is_static(self, node: Node) -> bool:
-        """Arithmetic among parameters alone."""
-        return all(n in self.graph.static for n in node.outputs)
+            if len(uses) > 1 and len(self.graph.parameters[name].shape) >= TIED_FROM:
+                barrier = Barrier(name, "initializer", f"'{name}' is used in several places")
+                for use in uses[1:]:
+                    for a, b in zip(self.uses[uses[0]], self.uses[use], strict=True):
+                        equal(a, b, barrier)
 
     def consuming(self, node: Node) -> list[Contraction]:
         """Contractions in which a parameter consumes what another tensor produces. Where all operands are parameters

@@ -131,6 +131,7 @@ class Graph:
     values: tensors whose value is known without running the model: shape arithmetic and small constants.
     varying: of those, the elements that depend on a symbolic size, so that they must not be taken for constants.
     sized: of those, the ones that are computed from the size of some tensor.
+    weighted: of those, the ones that are computed from stored numbers other than sizes.
     static: tensors that don't depend on a graph input.
     """
 
@@ -146,6 +147,7 @@ class Graph:
     values: dict[str, np.ndarray] = field(default_factory=dict)
     varying: dict[str, np.ndarray] = field(default_factory=dict)
     sized: set[str] = field(default_factory=set)
+    weighted: set[str] = field(default_factory=set)
     static: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 

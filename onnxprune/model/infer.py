@@ -22,6 +22,7 @@ from onnxprune.ops.rules import MALFORMED
 
 __all__ = ["infer"]
 
+_WHOLE_NUMBERS = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL, TensorProto.STRING}
 VALUE_LIMIT = 4096  # elements; larger constants are data, not shape arithmetic
 PIN_TRIES = 6
 
@@ -127,6 +128,8 @@ class _Inference:
     def know_parameter(self, parameter: Parameter) -> None:
         self.know(parameter.name, parameter.elem_type, parameter.shape)
         self.graph.static.add(parameter.name)
+        if parameter.size > 1 and parameter.elem_type not in _WHOLE_NUMBERS:
+            self.graph.weighted.add(parameter.name)
         if parameter.size <= VALUE_LIMIT and parameter.elem_type != TensorProto.STRING:
             self.know_value(parameter.name, self.graph.array(parameter.name))
 
@@ -232,8 +235,9 @@ class _Inference:
             self.know(name, elem, result.shape)
             if result.size <= VALUE_LIMIT:
                 self.know_value(name, result)
-                if any(n in self.graph.sized for n in node.inputs):
-                    self.graph.sized.add(name)
+                for known in (self.graph.sized, self.graph.weighted):
+                    if any(n in known for n in node.inputs):
+                        known.add(name)
         return True
 
     def schema(self, node: Node) -> defs.OpSchema | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from onnxprune.model.graph import Graph
 
-__all__ = ["evaluate_dim", "pin_candidates", "symbolic_inputs"]
+__all__ = ["batch_dimension", "evaluate_dim", "pin_candidates", "symbolic_inputs"]
 
 
 def symbolic_inputs(graph: Graph) -> dict[str, list[str | int]]:
@@ -27,6 +27,14 @@ def symbolic_inputs(graph: Graph) -> dict[str, list[str | int]]:
 
 
 _BATCH = re.compile(r"batch|^n$|^b$|^bs$|^unk|^None$", re.I)
+
+
+def batch_dimension(graph: Graph) -> str | None:
+    """The symbolic dimension that is the batch: one that is called so, or the first input's first axis."""
+    inputs = symbolic_inputs(graph).values()
+    named = next((d for dims in inputs for d in dims if isinstance(d, str) and _BATCH.search(d)), None)
+    leading = next((dims[0] for dims in inputs if len(dims) > 1 and isinstance(dims[0], str)), None)
+    return named or leading
 
 
 def pin_candidates(graph: Graph, *, batch: tuple[int, ...] = (11, 1)) -> Iterator[dict[str, int]]:

@@ -17,7 +17,7 @@ from onnxprune.axes.walk import NO_PARAMETERS, OUTPUT, parameter_of
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import stored_tensors
 from onnxprune.model.payload import nbytes
-from onnxprune.model.pins import symbolic_inputs
+from onnxprune.model.pins import batch_dimension
 from onnxprune.ops.rules import MALFORMED
 from onnxprune.result import ModelSummary
 
@@ -128,11 +128,9 @@ def costs(analysis: Analysis) -> dict[str, Cost]:
 
 
 def batch_size(graph: Graph) -> int:
-    """The batch under which shapes were found out: the pinned first axis of the first input that has one."""
-    for dims in symbolic_inputs(graph).values():
-        if len(dims) > 1 and isinstance(dims[0], str):
-            return graph.pins.get(dims[0], 1)
-    return 1
+    """The batch under which shapes were found out."""
+    name = batch_dimension(graph)
+    return 1 if name is None else graph.pins.get(name, 1)
 
 
 _TYPES = {v: k.lower() for k, v in TensorProto.DataType.items()}

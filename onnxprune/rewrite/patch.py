@@ -16,7 +16,7 @@ from onnxprune.rewrite.edit import Change, Kept
 if TYPE_CHECKING:
     from onnxprune.rewrite.rewrite import Rewrite
 
-__all__ = ["Patch"]
+__all__ = ["Patch", "shrunk"]
 
 
 class Patch:
@@ -48,13 +48,13 @@ class Patch:
         return self.work.size(self.node.inputs[i])
 
     def after(self, i: int) -> tuple[int, ...]:
-        return _shrunk(self.before(i), self.work.input_masks(self.node, i))
+        return shrunk(self.before(i), self.work.input_masks(self.node, i))
 
     def before_out(self, j: int = 0) -> tuple[int, ...]:
         return self.work.size(self.node.outputs[j])
 
     def after_out(self, j: int = 0) -> tuple[int, ...]:
-        return _shrunk(self.before_out(j), self.work.output_masks(self.node, j))
+        return shrunk(self.before_out(j), self.work.output_masks(self.node, j))
 
     def noted(self, name: str) -> int:
         expr = self.work.analysis.noted[self.node.index][name]
@@ -126,7 +126,7 @@ class Patch:
         self.work.edit.insert_after(self.node.index, "Mul", [hidden, by], output)
 
 
-def _shrunk(shape: Sequence[int | None], masks: Sequence[Kept]) -> tuple[int, ...]:
+def shrunk(shape: Sequence[int | None], masks: Sequence[Kept]) -> tuple[int, ...]:
     if not masks:
         return tuple(-1 if n is None else n for n in shape)
     return tuple((-1 if n is None else n) if m is None else len(m) for n, m in zip(shape, masks, strict=True))

@@ -25,7 +25,7 @@ from onnxprune.model.graph import Graph, Model, Node
 from onnxprune.model.payload import dtype_of
 from onnxprune.rewrite.edit import Change, Edit, Kept, take
 from onnxprune.rewrite.fold import fold_constants
-from onnxprune.rewrite.patch import Patch
+from onnxprune.rewrite.patch import Patch, shrunk
 from onnxprune.select.plan import METADATA_KEY, Plan, plan_to_text
 
 __all__ = ["Rewrite", "rewrite"]
@@ -172,8 +172,7 @@ class Rewrite:
             return
         if operator.from_shape is not None:
             masks = self.input_masks(node, 0)
-            before = self.size(node.inputs[0])
-            shape = tuple(n if m is None else len(m) for n, m in zip(before, masks, strict=True))
+            shape = shrunk(self.size(node.inputs[0]), masks)
             results: Any = operator.from_shape(node, shape)
         elif operator.evaluate is not None:
             results = operator.evaluate(node, *(self.have(node, i) if n else None for i, n in enumerate(node.inputs)))
@@ -187,7 +186,8 @@ class Rewrite:
     def hold_numbers(self, node: Node, patch: Patch) -> None:
         """A number computed from a pruned size keeps its value (rule 3)."""
         for i, name in enumerate(node.inputs):
-            if name not in self.values or name not in self.graph.sized or i in patch.wanted:
+            number = name in self.graph.sized and name not in self.graph.weighted
+            if name not in self.values or not number or i in patch.wanted:
                 continue
             masks = self.input_masks(node, i)
             original = self.graph.values[name]

@@ -24,6 +24,7 @@ __all__ = ["Allocation", "allocate"]
 
 SLACK = 1e-9
 TINY = 1e-9
+BYPASS = 0.05  # what a residual stream carries past a branch, relative to the branch: it may go as a whole
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def _greedy(state: _State, sums: Mapping[str, np.ndarray], goal: float) -> None:
             return None
         group = state.groups[gid]
         left = sums[gid][-1] - sums[gid]
-        lost = np.log((left[group.size - state.counts[group.atom]] + TINY) / (left[group.size - after] + TINY))
+        bypass = sums[gid][-1] * BYPASS if state.lowest[gid] == 0 else TINY
+        lost = np.log((left[group.size - state.counts[group.atom]] + bypass) / (left[group.size - after] + bypass))
         saved = state.saving(gid, after)
         return (float(lost) / saved, saved, after) if saved > 0 else None
 

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from tests.graphs.builder import Builder, Dim, From, Size, Tensor
 from tests.graphs.layers import linear
 
-__all__ = ["attention"]
+__all__ = ["attention", "latents", "linear_attention", "merged_heads"]
 
 
 def heads_of(b: Builder, x: Tensor, heads: int) -> Tensor:
@@ -57,6 +57,15 @@ def repeated(b: Builder, x: Tensor, times: int) -> Tensor:
     return b.reshape(wide, [From(0), kv * times, t, d])
 
 
+def position_bias(b: Builder, heads: int, t: int) -> Tensor:
+    """A learned number per head and distance: as it is, or looked up in a table by constant indices (Swin)."""
+    if b.chance():
+        return b.weight((1, heads, t, t), 1)
+    distances = np.arange(t)[:, None] - np.arange(t)[None, :] + t - 1
+    bias = b.node("Gather", [b.weight((2 * t - 1, heads), 1), b.constant(distances)], (t, t, heads), axis=0)
+    return b.unsqueeze(b.transpose(bias, 2, 0, 1), [0])
+
+
 def scaled(b: Builder, scores: Tensor, query: Tensor) -> Tensor:
     """Divide by the root of the head width: as a constant or computed from a shape."""
     way = b.pick(["constant", "computed", "none"])
@@ -97,9 +106,55 @@ def attend(b: Builder, q: Tensor, k: Tensor, v: Tensor, rows: tuple[Size, int, i
     else:
         scores = b.node("MatMul", [q, b.transpose(k, 0, 1, 3, 2)], (n, heads, t, t))
     scores = scaled(b, scores, q)
+    scores = b.add(scores, position_bias(b, heads, t)) if b.chance(4) else scores
     if b.chance(4):
         mask = np.triu(np.full((t, t), -1e4, np.float32), 1)
         scores = b.add(scores, b.constant(mask))
     weights = b.node("Softmax", [scores], scores.shape, axis=3)
     y = b.node("MatMul", [weights, v], (n, heads, t, v.shape[3]))
     return b.reshape(b.transpose(y, 0, 2, 1, 3), [From(0), t, heads * v.size(3)])
+
+
+def merged_heads(b: Builder, x: Tensor) -> Tensor:
+    """torch's MultiheadAttention: heads become part of the batch."""
+    n, t = x.shape[0], x.size(1)
+    heads, width = b.pick([2, 3]), b.pick([2, 4])
+    if isinstance(n, str):
+        return attention(b, x)
+    turned = b.transpose(x, 1, 0, 2)
+
+    def apart(y: Tensor) -> Tensor:
+        return b.transpose(b.reshape(y, [t, n * heads, width]), 1, 0, 2)
+
+    q, k, v = (apart(linear(b, turned, heads * width)) for _ in range(3))
+    scores = scaled(b, b.node("MatMul", [q, b.transpose(k, 0, 2, 1)], (n * heads, t, t)), q)
+    y = b.node("MatMul", [b.node("Softmax", [scores], scores.shape, axis=2), v], v.shape)
+    y = b.reshape(b.transpose(y, 1, 0, 2), [t, n, heads * width])
+    return b.transpose(y, 1, 0, 2)
+
+
+def linear_attention(b: Builder, x: Tensor) -> Tensor:
+    """Without a softmax: keys times values first."""
+    n, t = x.shape[0], x.size(1)
+    heads, width, values = b.pick([2, 3]), b.pick([2, 4]), b.pick([2, 3])
+    q = heads_of(b, b.elementwise("Relu", linear(b, x, heads * width)), heads)
+    k = heads_of(b, b.elementwise("Relu", linear(b, x, heads * width)), heads)
+    v = heads_of(b, linear(b, x, heads * values), heads)
+    kv = b.node("MatMul", [b.transpose(k, 0, 1, 3, 2), v], (n, heads, width, values))
+    y = b.node("MatMul", [q, kv], (n, heads, t, values))
+    return b.reshape(b.transpose(y, 0, 2, 1, 3), [From(0), t, heads * values])
+
+
+def latents(b: Builder, x: Tensor) -> Tensor:
+    """Learned queries look at the sequence (Perceiver, DETR)."""
+    n, t = x.shape[0], x.size(1)
+    count, width = 3, b.pick([4, 6])
+    learned = b.weight((1, count, b.pick([4, 6])), 1)
+    q = linear(b, learned, width)
+    if b.chance():
+        target = b.sizes(x, [From(0), count, width]) if isinstance(n, str) else b.constant([n, count, width])
+        q = b.node("Expand", [q, target], (n, count, width))
+    k, v = linear(b, x, width), linear(b, x)
+    scores = b.node("MatMul", [q, b.transpose(k, 0, 2, 1)], (n, count, t))
+    weights = b.node("Softmax", [scaled(b, scores, q)], scores.shape, axis=2)
+    return b.node("MatMul", [weights, v], (n, count, v.size(2)))

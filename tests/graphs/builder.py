@@ -13,7 +13,20 @@ import onnx
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-__all__ = ["EPSILON", "FAR", "WIDTHS", "Builder", "Choices", "Dim", "Drawn", "From", "Seeded", "Size", "Storing", "Tensor"]
+__all__ = [
+    "EPSILON",
+    "FAR",
+    "WIDTHS",
+    "Builder",
+    "Choices",
+    "Dim",
+    "Drawn",
+    "From",
+    "Seeded",
+    "Size",
+    "Storing",
+    "Tensor",
+]
 
 T = TypeVar("T")
 Size: TypeAlias = "int | str"  # a name stands for a symbolic dimension
@@ -82,10 +95,11 @@ Dim: TypeAlias = "int | From"
 class Builder:
     """A graph under construction. Methods add nodes and return their outputs."""
 
-    def __init__(self, choose: Choices, opset: int, batch: Size) -> None:
+    def __init__(self, choose: Choices, opset: int, batch: Size, stored: Sequence[Storing]) -> None:
         self.choose = choose
         self.opset = opset
         self.batch = batch
+        self.stored = stored
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -167,7 +181,7 @@ class Builder:
             return self.pick(known)
         scale = 1 / sqrt(fan_in or max(prod(shape[1:]), 1))
         array = (self.values.standard_normal(shape) * scale).astype(np.float32)
-        made = self.pick(STORED)(self, array) if self.chance(3) else self.initializer(array)
+        made = self.pick(self.stored)(self, array) if self.chance(3) else self.initializer(array)
         known.append(made)
         return made
 
@@ -230,8 +244,7 @@ class Builder:
         """One size, as a scalar."""
         if self.chance():
             return self.node("Gather", [shape, self.constant(axis)], (), axis=0)
-        piece = self.node("Slice", [shape, self.constant([axis]), self.constant([axis + 1]), self.constant([0])], (1,))
-        return self.squeeze(piece, [0])
+        return self.squeeze(self.slice(shape, 0, axis, axis + 1), [0])
 
     def transpose(self, x: Tensor, *perm: int) -> Tensor:
         return self.node("Transpose", [x], [x.shape[k] for k in perm], perm=perm)
@@ -256,6 +269,8 @@ class Builder:
         shape[axis] = len(range(n)[low:high:step])
         start = low - n if low and self.chance(3) else low
         end = high if high < n else self.pick([high, FAR])
+        if self.opset < 10 and step == 1:
+            return self.node("Slice", [x], shape, starts=[start], ends=[end], axes=[axis])
         bounds = [self.constant([start]), self.constant([end]), self.constant([axis])]
         return self.node("Slice", [x, *bounds, *([self.constant([step])] if step != 1 else [])], shape)
 
@@ -263,7 +278,7 @@ class Builder:
         """Cut an axis: by a Split, by Slices, or by Slices at positions computed from its size."""
         shapes = [[*x.shape[:axis], n, *x.shape[axis + 1 :]] for n in sizes]
         even = len(set(sizes)) == 1
-        way = self.pick(["split", "slices", "chunk"] if even else ["split", "slices"])
+        way = self.pick(["split", "slices", "chunk"] if even and self.opset >= 10 else ["split", "slices"])
         if way == "split":
             if even and self.opset < 18 and self.chance():
                 return self.many("Split", [x], shapes, axis=axis)
@@ -297,6 +312,36 @@ class Builder:
             return self.node(op, [x], shape, axes=list(axes), keepdims=int(keep))
         return self.node(op, [x, self.constant(list(axes))], shape, keepdims=int(keep))
 
+    def pad(self, x: Tensor, low: Sequence[int], high: Sequence[int], mode: str = "constant") -> Tensor:
+        shape = [n + a + b if isinstance(n, int) else n for n, a, b in zip(x.shape, low, high, strict=True)]
+        if self.opset < 11:
+            return self.node("Pad", [x], shape, pads=[*low, *high], mode=mode)
+        value = [self.scalar(0.0)] if mode == "constant" and self.chance() else []
+        return self.node("Pad", [x, self.constant([*low, *high]), *value], shape, mode=mode)
+
+    def clip(self, x: Tensor, low: float | None, high: float | None) -> Tensor:
+        bounds = {"min": low, "max": high}
+        if self.opset < 11:
+            return self.node("Clip", [x], x.shape, **{k: v for k, v in bounds.items() if v is not None})
+        return self.node("Clip", [x, *(None if v is None else self.scalar(v) for v in bounds.values())], x.shape)
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """Twice the height and width of an image: by factors, or to sizes that are written out or computed."""
+        shape = (*x.shape[:2], 2 * x.size(2), 2 * x.size(3))
+        factors = self.constant(np.array([1, 1, 2, 2], np.float32))
+        if self.opset < 11:
+            return self.node("Upsample" if self.opset < 10 else "Resize", [x, factors], shape, mode="nearest")
+        nothing = self.constant(np.zeros(0, np.float32)) if self.opset < 13 else None
+        if self.chance():
+            return self.node("Resize", [x, nothing, factors], shape, mode="nearest")
+        written = all(isinstance(n, int) for n in shape) and self.chance()
+        sizes = (
+            self.constant([int(n) for n in shape])
+            if written
+            else self.sizes(x, [From(0), From(1), From(2, times=2), From(3, times=2)])
+        )
+        return self.node("Resize", [x, nothing, nothing, sizes], shape, mode="nearest")
+
     def elementwise(self, op: str, *operands: Tensor, **attributes: Any) -> Tensor:
         """A node with numpy's broadcasting."""
         rank = max(t.rank for t in operands)
@@ -311,6 +356,9 @@ class Builder:
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         return self.elementwise("Mul", *((a, b) if self.chance() else (b, a)))
+
+
+Storing: TypeAlias = Callable[[Builder, np.ndarray], Tensor]
 
 
 def _size(x: Tensor, d: From) -> Size:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tests.graphs.attention import attention
-from tests.graphs.builder import EPSILON, Builder, Tensor
-from tests.graphs.layers import activation, batch_norm, channelwise, conv, linear
+from tests.graphs.builder import EPSILON, FAR, Builder, From, Tensor
+from tests.graphs.layers import activation, batch_norm, channelwise, conv, layer_norm, linear, rms_norm
 
 __all__ = ["IMAGE", "image_to_rows", "to_sequence"]
 
@@ -77,52 +77,6 @@ def gated(b: Builder, x: Tensor) -> Tensor:
     return b.mul(a, b.elementwise("Sigmoid", gate))
 
 
-def channel_shuffle(b: Builder, x: Tensor) -> Tensor:
-    c, h, w = (x.size(k) for k in (1, 2, 3))
-    groups = b.pick([g for g in range(2, c + 1) if c % g == 0] or [1])
-    y = b.reshape(x, [From(0), groups, From(1, over=groups), h, w])
-    y = b.transpose(y, 0, 2, 1, 3, 4)
-    return b.reshape(y, [From(0), c, h, w])
-
-
-def channel_gather(b: Builder, x: Tensor) -> Tensor:
-    """Channels picked by constant indices: a permutation, a part, or some twice."""
-    c = x.size(1)
-    order = list(range(c))
-    way = b.pick(["rotate", "part", "twice", "reverse"])
-    if way == "rotate":
-        k = b.choose.integer(0, c - 1)
-        order = order[k:] + order[:k]
-    elif way == "part":
-        order = order[: max(1, c - b.choose.integer(0, c - 1))]
-    elif way == "twice":
-        order = order + order[:1]
-    else:
-        order = order[::-1]
-    return b.node("Gather", [x, b.constant(order)], (x.shape[0], len(order), *x.shape[2:]), axis=1)
-
-
-def pixel_shuffle(b: Builder, x: Tensor) -> Tensor:
-    out = b.pick([1, 2, 3])
-    y = conv(b, x, out * 4)
-    h, w = y.size(2), y.size(3)
-    if b.chance():
-        return b.node("DepthToSpace", [y], (y.shape[0], out, 2 * h, 2 * w), blocksize=2, mode=b.pick(["CRD", "DCR"]))
-    y = b.reshape(y, [From(0), From(1, over=4), 2, 2, h, w])
-    return b.reshape(b.transpose(y, 0, 1, 4, 2, 5, 3), [From(0), out, 2 * h, 2 * w])
-
-
-def space_to_depth(b: Builder, x: Tensor) -> Tensor:
-    """By the operator, or as YOLO's Focus writes it: strided Slices side by side."""
-    c, h, w = (x.size(k) for k in (1, 2, 3))
-    if h % 2 or w % 2:
-        return x
-    if b.chance():
-        return b.node("SpaceToDepth", [x], (x.shape[0], 4 * c, h // 2, w // 2), blocksize=2)
-    parts = [b.slice(b.slice(x, 2, i, h, 2), 3, j, w, 2) for j in (0, 1) for i in (0, 1)]
-    return b.concat(parts, 1)
-
-
 def squeeze_excite(b: Builder, x: Tensor) -> Tensor:
     c = x.size(1)
     y = b.node("GlobalAveragePool", [x], (x.shape[0], c, 1, 1)) if b.chance() else b.reduce("ReduceMean", x, [2, 3])
@@ -141,37 +95,12 @@ def spatial_attention(b: Builder, x: Tensor) -> Tensor:
     return b.mul(x, b.elementwise("Sigmoid", conv(b, mean, 1)))
 
 
-def padded_shortcut(b: Builder, x: Tensor) -> Tensor:
-    """The ResNet 'option A' shortcut: zero channels are added to x."""
-    low, high = b.choose.integer(0, 2), b.choose.integer(1, 3)
-    c = x.size(1) + low + high
-    pads = [0, low, 0, 0, 0, high, 0, 0]
-    short = b.node(
-        "Pad", [x, b.constant(pads), *([b.scalar(0.0)] if b.chance() else [])], (x.shape[0], c, *x.shape[2:])
-    )
-    return b.add(short, conv(b, x, c))
-
-
-def spatial_pad(b: Builder, x: Tensor) -> Tensor:
-    shape = (x.shape[0], x.shape[1], x.size(2) + 2, x.size(3) + 1)
-    mode = b.pick(["constant", "reflect", "edge"]) if min(x.size(2), x.size(3)) > 1 else "constant"
-    return b.node("Pad", [x, b.constant([0, 0, 1, 1, 0, 0, 1, 0])], shape, mode=mode)
-
-
 def pooled(b: Builder, x: Tensor) -> Tensor:
     h, w = x.size(2), x.size(3)
     if min(h, w) < 2:
         return x
     op = b.pick(["MaxPool", "AveragePool"])
     return b.node(op, [x], (*x.shape[:2], h // 2, w // 2), kernel_shape=[2, 2], strides=[2, 2])
-
-
-def resized(b: Builder, x: Tensor) -> Tensor:
-    if x.size(2) > 6:
-        return x
-    region = b.constant(np.zeros(0, np.float32)) if b.opset < 13 else None
-    scales = b.constant(np.array([1, 1, 2, 2], np.float32))
-    return b.node("Resize", [x, region, scales], (*x.shape[:2], 2 * x.size(2), 2 * x.size(3)), mode="nearest")
 
 
 def instance_norm(b: Builder, x: Tensor) -> Tensor:
@@ -184,12 +113,14 @@ def group_norm(b: Builder, x: Tensor) -> Tensor:
     c, h, w = (x.size(k) for k in (1, 2, 3))
     groups = b.pick([g for g in range(2, c + 1) if c % g == 0] or [1])
     if b.opset >= 21 and b.chance():
-        return b.node("GroupNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape, num_groups=groups,
-                      epsilon=EPSILON)
+        return b.node(
+            "GroupNormalization", [x, b.vector(c, 0.5, 1.5), b.vector(c)], x.shape, num_groups=groups, epsilon=EPSILON
+        )
     y = b.reshape(x, [From(0), groups, c // groups * h * w])
     ones = b.initializer(np.ones(groups, np.float32))
-    y = b.node("InstanceNormalization", [y, ones, b.initializer(np.zeros(groups, np.float32))], y.shape,
-               epsilon=EPSILON)
+    y = b.node(
+        "InstanceNormalization", [y, ones, b.initializer(np.zeros(groups, np.float32))], y.shape, epsilon=EPSILON
+    )
     y = b.reshape(y, [From(0), c, h, w])
     y = b.mul(y, b.unsqueeze(b.vector(c, 0.5, 1.5), [1, 2]))
     return b.add(y, b.unsqueeze(b.vector(c), [1, 2]))
@@ -207,3 +138,151 @@ def image_attention(b: Builder, x: Tensor) -> Tensor:
     y = attention(b, to_sequence(b, x))
     y = linear(b, y, c)
     return b.reshape(b.transpose(y, 0, 2, 1), [From(0), From(1), h, w])
+
+
+def resized(b: Builder, x: Tensor) -> Tensor:
+    return b.upsample(x) if x.size(2) <= 6 else x
+
+
+def convnext(b: Builder, x: Tensor) -> Tensor:
+    """Depthwise, then channels last: normalise, widen, narrow, scale; added to x."""
+    c = x.size(1)
+    y = b.transpose(conv(b, x, c, groups=c, kernel=3), 0, 2, 3, 1)
+    y = layer_norm(b, y) if b.chance() else rms_norm(b, y)
+    y = linear(b, activation(b, linear(b, y)), c)
+    y = b.mul(y, b.vector(c, 0.5, 1.5)) if b.chance() else y
+    return b.add(x, b.transpose(y, 0, 3, 1, 2))
+
+
+def channel_attention(b: Builder, x: Tensor) -> Tensor:
+    """Every channel is replaced by a mixture of all, by their products over the pixels: one axis twice in a tensor."""
+    n, c, h, w = x.shape
+    f = b.reshape(x, [From(0), From(1), x.size(2) * x.size(3)])
+    scores = b.node("MatMul", [f, b.transpose(f, 0, 2, 1)], (n, c, c))
+    scores = b.mul(scores, b.scalar(1 / (x.size(2) * x.size(3))))
+    scores = b.node("Softmax", [scores], scores.shape, axis=2) if b.chance() else activation(b, scores)
+    y = b.node("MatMul", [scores, f], f.shape)
+    return b.add(b.reshape(y, [From(0), From(1), h, w]), x)
+
+
+def dynamic_filter(b: Builder, x: Tensor) -> Tensor:
+    """A 1x1 convolution whose weights a layer computes from the image itself."""
+    n, c = x.shape[0], x.size(1)
+    out = b.pick([2, 3, 4])
+    pooled_ = b.reduce("ReduceMean", x, [2, 3], keep=False)
+    w = b.reshape(linear(b, pooled_, out * c), [From(0), out, c])
+    f = b.reshape(x, [From(0), From(1), x.size(2) * x.size(3)])
+    y = b.node("MatMul", [w, f], (n, out, f.size(2)))
+    return b.reshape(y, [From(0), From(1), x.size(2), x.size(3)])
+
+
+def global_context(b: Builder, x: Tensor) -> Tensor:
+    """The mean over the pixels, spread over all of them again and put beside the channels (ASPP)."""
+    y = activation(b, conv(b, b.reduce("ReduceMean", x, [2, 3]), kernel=1))
+    c, h, w = y.size(1), x.size(2), x.size(3)
+    written = not isinstance(x.shape[0], str) and b.chance()
+    target = b.constant([x.size(0), c, h, w]) if written else b.sizes(x, [From(0), c, From(2), From(3)])
+    return b.concat([b.node("Expand", [y, target], (x.shape[0], c, h, w)), x], 1)
+
+
+def unit_length(b: Builder, x: Tensor) -> Tensor:
+    """Every pixel's channels divided by their length, as torch's normalize exports it."""
+    length = b.clip(b.reduce("ReduceL2", x, [1]), 0.05, None)
+    if b.chance():
+        shape = b.node("Shape", [x], (4,))
+        length = b.node("Expand", [length, shape], x.shape)
+    return b.elementwise("Div", x, length)
+
+
+def several(b: Builder, x: Tensor) -> Tensor:
+    """Sum, Mean, Max or Min of three branches."""
+    c = b.pick([2, 3, 4, 6])
+    return b.elementwise(b.pick(["Sum", "Mean", "Max", "Min"]), *(conv(b, x, c, kernel=1) for _ in range(3)))
+
+
+def where(b: Builder, x: Tensor) -> Tensor:
+    """Some pixels from one branch and the others from another, or from nowhere."""
+    mask = b.constant(b.values.random((x.size(2), x.size(3))) < 0.5)
+    other = conv(b, x, x.size(1)) if b.chance() else b.scalar(0.0)
+    return b.elementwise("Where", mask, x, other)
+
+
+def coordinates(b: Builder, x: Tensor) -> Tensor:
+    """Two constant channels beside those of x (CoordConv)."""
+    h, w = x.size(2), x.size(3)
+    if isinstance(x.shape[0], int):
+        return b.concat([x, b.weight((x.size(0), 2, h, w), 1)], 1)
+    grid = b.node("Expand", [b.weight((1, 2, h, w), 1), b.sizes(x, [From(0), 2, h, w])], (x.shape[0], 2, h, w))
+    return b.concat([grid, x], 1)
+
+
+def extra_input(b: Builder, x: Tensor) -> Tensor:
+    """A second image from outside, added or put beside."""
+    c = x.size(1) if b.chance(4) else 2
+    other = b.input((x.shape[0], c, x.size(2), x.size(3)))
+    return b.concat([other, x], 1) if b.chance() or c != x.size(1) else b.add(x, other)
+
+
+def barrier(b: Builder, x: Tensor) -> Tensor:
+    """Operators over the channels that let none of them go."""
+    way = b.pick(["softmax", "lrn", "backwards", "conv over channels"])
+    if way == "softmax":
+        return b.node("Softmax", [x], x.shape, axis=1)
+    if way == "lrn":
+        return b.node("LRN", [x], x.shape, size=3)
+    if way == "backwards" and b.opset >= 10:
+        bounds = [b.constant([-1]), b.constant([-FAR - 1]), b.constant([1]), b.constant([-1])]
+        return b.node("Slice", [x, *bounds], x.shape)
+    y = b.squeeze(b.reduce("ReduceMean", x, [2, 3]), [3])
+    y = b.node("Conv", [b.transpose(y, 0, 2, 1), b.weight((1, 1, 3))], (x.shape[0], 1, x.size(1)), pads=[1, 1])
+    return b.mul(x, b.elementwise("Sigmoid", b.unsqueeze(b.transpose(y, 0, 2, 1), [3])))
+
+
+def to_sequence(b: Builder, x: Tensor) -> Tensor:
+    return b.transpose(b.reshape(x, [From(0), From(1), x.size(2) * x.size(3)]), 0, 2, 1)
+
+
+def image_to_rows(b: Builder, x: Tensor) -> Tensor:
+    c, h, w = (x.size(k) for k in (1, 2, 3))
+    way = b.pick(["pool", "flatten", "reshape", "mean"])
+    if way == "mean":
+        return b.reduce("ReduceMean", x, [2, 3], keep=False)
+    if way == "pool":
+        x, h, w = b.node("GlobalAveragePool", [x], (x.shape[0], c, 1, 1)), 1, 1
+    if way == "reshape":
+        return b.reshape(x, [From(0), c * h * w])
+    return b.node("Flatten", [x], (x.shape[0], c * h * w))
+
+
+IMAGE = (
+    plain,
+    conv,
+    residual,
+    grouped,
+    depthwise,
+    conv_transpose,
+    dense,
+    split_channels,
+    gated,
+    squeeze_excite,
+    spatial_attention,
+    pooled,
+    resized,
+    instance_norm,
+    group_norm,
+    batch_norm,
+    channelwise,
+    activation,
+    spatial_softmax,
+    image_attention,
+    convnext,
+    channel_attention,
+    dynamic_filter,
+    global_context,
+    unit_length,
+    several,
+    where,
+    coordinates,
+    extra_input,
+    barrier,
+)

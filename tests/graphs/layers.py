@@ -48,7 +48,12 @@ def linear(b: Builder, x: Tensor, out: int | None = None, *, bias: bool | None =
         flipped = b.chance()
         weight = b.weight((out, n) if flipped else (n, out), n)
         attributes = {"transB": 1} if flipped else {}
-        return b.node("Gemm", [x, weight, *([b.vector(out)] if biased else [])], (*x.shape[:-1], out), **attributes)
+        return b.node(
+            "Gemm",
+            [x, weight, *([b.vector(out)] if biased or b.opset < 11 else [])],
+            (*x.shape[:-1], out),
+            **attributes,
+        )
     if way == "einsum":
         letters = "abc"[: x.rank - 1]
         y = (
@@ -74,9 +79,9 @@ def activation(b: Builder, x: Tensor) -> Tensor:
         erf = b.elementwise("Erf", b.elementwise("Div", x, b.scalar(sqrt(2))))
         return b.mul(b.mul(x, b.add(erf, b.scalar(1.0))), b.scalar(0.5))
     if way == "relu6":
-        return b.node("Clip", [x, b.scalar(0.0), b.scalar(6.0)], x.shape)
+        return b.clip(x, 0.0, 6.0)
     if way == "hardswish":
-        gate = b.node("Clip", [b.add(x, b.scalar(3.0)), b.scalar(0.0), b.scalar(6.0)], x.shape)
+        gate = b.clip(b.add(x, b.scalar(3.0)), 0.0, 6.0)
         return b.elementwise("Div", b.mul(x, gate), b.scalar(6.0))
     if way == "prelu":
         if x.rank == 4:

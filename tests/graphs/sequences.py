@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from onnx import TensorProto, helper
 
-from tests.graphs.attention import attention
+from tests.graphs.attention import attention, latents, linear_attention, merged_heads
 from tests.graphs.builder import Builder, From, Tensor
 from tests.graphs.layers import activation, conv, layer_norm, linear, rms_norm
 
@@ -42,8 +41,6 @@ def flattened_gemm(b: Builder, x: Tensor) -> Tensor:
     return b.reshape(y, [n, t, y.size(1)])
 
 
-
-
 def pre_norm(b: Builder, x: Tensor) -> Tensor:
     """x + f(norm(x)): the block of a transformer."""
     y = rms_norm(b, x) if b.chance() else layer_norm(b, x)
@@ -66,7 +63,8 @@ def recurrent(b: Builder, x: Tensor) -> Tensor:
     if op == "GRU":
         attributes["linear_before_reset"] = b.pick([0, 1])
     if len(inputs) == 4 and b.chance(3):
-        inputs += [None, zero_state(b, x, directions, hidden)]
+        learned = isinstance(n, int) and b.chance()
+        inputs += [None, b.weight((directions, n, hidden), 4) if learned else zero_state(b, x, directions, hidden)]
     y = b.node(op, inputs, (t, directions, n, hidden), **attributes)
     if not both and b.chance():
         y = b.squeeze(y, [1])
@@ -101,7 +99,25 @@ def tied(b: Builder, x: Tensor) -> Tensor:
     return b.node("MatMul", [y, w], x.shape)
 
 
+def last_state(b: Builder, x: Tensor) -> Tensor:
+    """The final states of both directions, beside every step."""
+    n, t, hidden = x.shape[0], x.size(1), b.pick([2, 3])
+    w, r = b.weight((2, 4 * hidden, x.size(2)), x.size(2)), b.weight((2, 4 * hidden, hidden), hidden)
+    _, h, _ = b.many(
+        "LSTM",
+        [b.transpose(x, 1, 0, 2), w, r],
+        [(t, 2, n, hidden), (2, n, hidden), (2, n, hidden)],
+        hidden_size=hidden,
+        direction="bidirectional",
+    )
+    flat = b.reshape(b.transpose(h, 1, 0, 2), [From(0), 2 * hidden])
+    target = b.sizes(x, [From(0), t, 2 * hidden]) if isinstance(n, str) else b.constant([n, t, 2 * hidden])
+    return b.concat([x, b.node("Expand", [b.unsqueeze(flat, [1]), target], (n, t, 2 * hidden))], 2)
+
+
 def running_sum(b: Builder, x: Tensor) -> Tensor:
+    if b.opset < 11:
+        return x
     return b.node("CumSum", [x, b.constant(1)], x.shape)
 
 
@@ -119,3 +135,37 @@ def class_token(b: Builder, x: Tensor) -> Tensor:
     shape = b.sizes(x, [From(0), 1, d]) if isinstance(x.shape[0], str) else b.constant([x.size(0), 1, d])
     wide = b.node("Expand", [token, shape], (x.shape[0], 1, d))
     return b.concat([wide, x], 1)
+
+
+def sequence_to_rows(b: Builder, x: Tensor) -> Tensor:
+    way = b.pick(["mean", "first", "last", "flatten"])
+    if way == "mean":
+        return b.reduce("ReduceMean", x, [1], keep=False)
+    if way == "first":
+        return b.node("Gather", [x, b.constant(0)], (x.shape[0], x.shape[2]), axis=1)
+    if way == "last":
+        return b.squeeze(b.slice(x, 1, x.size(1) - 1, x.size(1)), [1])
+    return b.reshape(x, [From(0), x.size(1) * x.size(2)])
+
+
+SEQUENCE = (
+    projection,
+    feed_forward,
+    attention,
+    pre_norm,
+    swiglu,
+    rms_norm,
+    layer_norm,
+    recurrent,
+    temporal_conv,
+    tied,
+    flattened_gemm,
+    running_sum,
+    positions,
+    class_token,
+    activation,
+    last_state,
+    merged_heads,
+    linear_attention,
+    latents,
+)

@@ -57,7 +57,7 @@ def _normalised(b: Builder, array: np.ndarray) -> Tensor:
     return b.mul(v, b.elementwise("Div", g, b.elementwise("Add", length, b.scalar(1e-6))))
 
 
-STORED = (
+STORED: tuple[Storing, ...] = (
     _in_constant,
     _behind_identity,
     _behind_transpose,
