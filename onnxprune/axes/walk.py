@@ -171,11 +171,11 @@ class Walk:
         return True
 
     def is_shape_arithmetic(self, node: Node) -> bool:
-        """Sizes and positions, all known: nothing in them is a channel."""
-        values, shapes = self.graph.values, self.graph.types
+        """Sizes and positions that come from sizes, all known: nothing in them is a channel."""
+        values, types, sized = self.graph.values, self.graph.types, self.graph.sized
         return (
-            bool(node.outputs)
-            and all(n in values and shapes.get(n) in (6, 7, 9) and values[n].ndim < 2 for n in node.outputs if n)
+            any(n in sized for n in node.outputs)
+            and all(n in values and types.get(n) in (6, 7, 9) and values[n].ndim < 2 for n in node.outputs if n)
             and all(values[n].ndim < 2 for n in node.inputs if n in values)
         )
 
