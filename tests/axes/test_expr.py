@@ -169,17 +169,18 @@ class TestSplit:
 class TestStretches:
     """Shortest stretches of equal product."""
 
-    @pytest.mark.parametrize(("left", "right", "expected"), [
-        ([4, 6], [4, 6], [([4], [4]), ([6], [6])]),
-        ([12, 64], [768], [([12, 64], [768])]),
-        ([2, 12, 5], [24, 5], [([2, 12], [24]), ([5], [5])]),
-        ([6, 4], [4, 6], [([6, 4], [4, 6])]),
-        ([8], [2, 2, 2], [([8], [2, 2, 2])]),
-        ([], [], []),
-    ])
-    def test_examples(
-        self, left: list[int], right: list[int], expected: list[tuple[list[int], list[int]]]
-    ) -> None:
+    @pytest.mark.parametrize(
+        ("left", "right", "expected"),
+        [
+            ([4, 6], [4, 6], [([4], [4]), ([6], [6])]),
+            ([12, 64], [768], [([12, 64], [768])]),
+            ([2, 12, 5], [24, 5], [([2, 12], [24]), ([5], [5])]),
+            ([6, 4], [4, 6], [([6, 4], [4, 6])]),
+            ([8], [2, 2, 2], [([8], [2, 2, 2])]),
+            ([], [], []),
+        ],
+    )
+    def test_examples(self, left: list[int], right: list[int], expected: list[tuple[list[int], list[int]]]) -> None:
         assert [(left[a], right[b]) for a, b in stretches(left, right)] == expected
 
     @given(st.lists(st.integers(2, 6), min_size=1, max_size=6), st.data())

@@ -82,11 +82,14 @@ def test_a_branch_that_ends_in_something_that_does_not_broadcast_stays() -> None
 
 def test_two_branches_that_only_meet_each_other_may_not_both_go() -> None:
     """Add(b, c) with nothing of full size left: at most one of the two."""
-    text = RESIDUAL.replace("t = Add(s, b)", """
+    text = RESIDUAL.replace(
+        "t = Add(s, b)",
+        """
         e = Conv(s, down2)
         f = Relu(e)
         c = Conv(f, up2)
-        t = Add(b, c)""")
+        t = Add(b, c)""",
+    )
     analysis = analyse(load(from_text(text, down2=(5, 8, 1, 1), up2=(8, 5, 1, 1), **SHAPES)))
     assert len(removable(analysis)) <= 1
 
@@ -105,11 +108,14 @@ def test_one_group_that_feeds_both_sides_of_a_sum_may_not_go() -> None:
 
 
 def test_several_branches_of_one_stream_may_all_go(without) -> None:
-    text = RESIDUAL.replace("u = Relu(t)", """
+    text = RESIDUAL.replace(
+        "u = Relu(t)",
+        """
         d = Conv(t, down2)
         e = Relu(d)
         f = Conv(e, up2)
-        u = Add(f, t)""")
+        u = Add(f, t)""",
+    )
     model = from_text(text, down2=(5, 8, 1, 1), up2=(8, 5, 1, 1), **SHAPES)
     assert sizes(model) == {5, 6}
     small = without(model, 5, 6)

@@ -68,7 +68,9 @@ class TestRefused:
         (tmp_path / "m.onnx").chmod(0)
         self.refused(tmp_path / "m.onnx", "can't be read")
 
-    @pytest.mark.parametrize("content", [b"\x89PNG\r\n", b"PK\x03\x04zip", b"{}", b"version https://git-lfs.github.com"])
+    @pytest.mark.parametrize(
+        "content", [b"\x89PNG\r\n", b"PK\x03\x04zip", b"{}", b"version https://git-lfs.github.com"]
+    )
     def test_files_of_other_kinds(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "m.onnx").write_bytes(content * 20)
         self.refused(tmp_path / "m.onnx", "not an ONNX model")
@@ -157,26 +159,43 @@ class TestShapes:
         assert load(model, pins={"N": 3, "T": 6}).shapes["y"] == (3, 6, 4)
 
     def test_shape_arithmetic_folds_to_values(self) -> None:
-        graph = load(from_text("""(float[N,6] x) => (float[N,2,3] y) {
+        graph = load(
+            from_text(
+                """(float[N,6] x) => (float[N,2,3] y) {
             s = Shape(x)
             n = Gather(s, zero)
             u = Unsqueeze(n, axis)
             t = Concat<axis=0>(u, rest)
             y = Reshape(x, t)
-        }""", zero=np.array(0), axis=np.array([0]), rest=np.array([2, 3])))
+        }""",
+                zero=np.array(0),
+                axis=np.array([0]),
+                rest=np.array([2, 3]),
+            )
+        )
         assert graph.values["t"].tolist() == [graph.pins["N"], 2, 3]
         assert graph.shapes["y"] == (graph.pins["N"], 2, 3)
 
     def test_scalars_stay_scalars(self) -> None:
-        graph = load(from_text("""(float[5] x) => (float[5] y) {
+        graph = load(
+            from_text(
+                """(float[5] x) => (float[5] y) {
             r = Range(zero, five, one)
             y = Mul(x, r)
-        }""", zero=np.array(0, np.float32), five=np.array(5, np.float32), one=np.array(1, np.float32)))
+        }""",
+                zero=np.array(0, np.float32),
+                five=np.array(5, np.float32),
+                one=np.array(1, np.float32),
+            )
+        )
         assert graph.shapes["r"] == (5,) and not graph.problems
 
     def test_an_operator_without_inference_takes_the_declared_shape(self) -> None:
-        model = from_text("(float[N,5] x) => (float[N,4] y) <float[N,8] a> {"
-                          " a = com.microsoft.Mystery(x)\n y = MatMul(a, w) }", microsoft=True, w=(8, 4))
+        model = from_text(
+            "(float[N,5] x) => (float[N,4] y) <float[N,8] a> { a = com.microsoft.Mystery(x)\n y = MatMul(a, w) }",
+            microsoft=True,
+            w=(8, 4),
+        )
         graph = load(model)
         assert graph.shapes["a"] == (graph.pins["N"], 8)
 
@@ -188,8 +207,12 @@ class TestShapes:
         assert [n.op for n in load(model).nodes] == ["Relu", "Abs", "Neg"]
 
     def test_a_tensor_that_a_body_captures_comes_before_it(self) -> None:
-        body = helper.make_graph([helper.make_node("Neg", ["a"], ["t"])], "body", [],
-                                 [helper.make_tensor_value_info("t", TensorProto.FLOAT, [5])])
+        body = helper.make_graph(
+            [helper.make_node("Neg", ["a"], ["t"])],
+            "body",
+            [],
+            [helper.make_tensor_value_info("t", TensorProto.FLOAT, [5])],
+        )
         model = from_text("(float[5] x, bool c) => (float[5] y) { a = Relu(x) }")
         model.graph.node.insert(0, helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body))
         graph = load(model)

@@ -29,21 +29,29 @@ class TestMacs:
     """Multiply-accumulates per sample."""
 
     def test_a_convolution(self) -> None:
-        found = macs("(float[N,3,9,11] x) => (float[N,8,5,6] y) { y = Conv<strides=[2,2], pads=[1,1,1,1]>(x, w) }",
-                     w=(8, 3, 3, 3))
+        found = macs(
+            "(float[N,3,9,11] x) => (float[N,8,5,6] y) { y = Conv<strides=[2,2], pads=[1,1,1,1]>(x, w) }",
+            w=(8, 3, 3, 3),
+        )
         assert found == 8 * 5 * 6 * 3 * 3 * 3
 
     def test_a_grouped_and_a_depthwise_convolution(self) -> None:
-        assert macs("(float[N,6,4,4] x) => (float[N,8,4,4] y) { y = Conv<group=2>(x, w) }", w=(8, 3, 1, 1)) == 8 * 16 * 3
+        assert (
+            macs("(float[N,6,4,4] x) => (float[N,8,4,4] y) { y = Conv<group=2>(x, w) }", w=(8, 3, 1, 1)) == 8 * 16 * 3
+        )
         assert macs("(float[N,6,4,4] x) => (float[N,6,2,2] y) { y = Conv<group=6>(x, w) }", w=(6, 1, 3, 3)) == 6 * 4 * 9
 
     def test_a_transposed_convolution_counts_its_input(self) -> None:
-        found = macs("(float[N,6,4,4] x) => (float[N,8,8,8] y) { y = ConvTranspose<strides=[2,2], group=2>(x, w) }",
-                     w=(6, 4, 2, 2))
+        found = macs(
+            "(float[N,6,4,4] x) => (float[N,8,8,8] y) { y = ConvTranspose<strides=[2,2], group=2>(x, w) }",
+            w=(6, 4, 2, 2),
+        )
         assert found == 6 * 16 * 4 * 4
 
-    @pytest.mark.parametrize(("form", "shape", "weight"), [
-        ("Gemm(x, w)", "N,5", (5, 7)), ("Gemm<transB=1>(x, w)", "N,5", (7, 5)), ("MatMul(x, w)", "N,5", (5, 7))])
+    @pytest.mark.parametrize(
+        ("form", "shape", "weight"),
+        [("Gemm(x, w)", "N,5", (5, 7)), ("Gemm<transB=1>(x, w)", "N,5", (7, 5)), ("MatMul(x, w)", "N,5", (5, 7))],
+    )
     def test_a_layer(self, form: str, shape: str, weight: tuple[int, int]) -> None:
         assert macs(f"(float[{shape}] x) => (float[N,7] y) {{ y = {form} }}", w=weight) == 35
 
@@ -62,25 +70,34 @@ class TestMacs:
     @pytest.mark.parametrize("directions", [1, 2])
     def test_recurrent_cells(self, op: str, gates: int, directions: int) -> None:
         direction = "bidirectional" if directions == 2 else "forward"
-        text = (f'(float[7,N,5] x) => (float[7,{directions},N,6] y) '
-                f'{{ y = {op}<hidden_size=6, direction="{direction}">(x, w, r) }}')
+        text = (
+            f"(float[7,N,5] x) => (float[7,{directions},N,6] y) "
+            f'{{ y = {op}<hidden_size=6, direction="{direction}">(x, w, r) }}'
+        )
         found = macs(text, w=(directions, gates * 6, 5), r=(directions, gates * 6, 6))
         assert found == 7 * directions * gates * 6 * (5 + 6)
 
     def test_elementwise_and_layout_operators_cost_nothing(self) -> None:
-        assert macs("""(float[N,6,4,4] x) => (float[N,96] y) {
+        assert (
+            macs("""(float[N,6,4,4] x) => (float[N,96] y) {
             a = Relu(x)
             b = Add(a, x)
             c = MaxPool<kernel_shape=[1,1]>(b)
             y = Flatten(c)
-        }""") == 0
+        }""")
+            == 0
+        )
 
     def test_weight_arithmetic_costs_nothing_at_run_time(self) -> None:
-        assert macs("(float[N,5] x) => (float[N,7] y) { w = MatMul(a, b)\n y = MatMul(x, w) }", a=(5, 3), b=(3, 7)) == 35
+        assert (
+            macs("(float[N,5] x) => (float[N,7] y) { w = MatMul(a, b)\n y = MatMul(x, w) }", a=(5, 3), b=(3, 7)) == 35
+        )
 
     def test_they_do_not_depend_on_how_the_batch_is_given(self) -> None:
-        found = {macs(f"(float[{n},3,8,8] x) => (float[{n},4,8,8] y) {{ y = Conv(x, w) }}", w=(4, 3, 1, 1))
-                 for n in ("N", "1", "batch", "unk__1")}
+        found = {
+            macs(f"(float[{n},3,8,8] x) => (float[{n},4,8,8] y) {{ y = Conv(x, w) }}", w=(4, 3, 1, 1))
+            for n in ("N", "1", "batch", "unk__1")
+        }
         assert found == {64 * 4 * 3}
 
 
@@ -91,12 +108,20 @@ class TestParameters:
         return costs(analyse(load(from_text(text, **weights))))["params"].total({})  # type: ignore[arg-type]
 
     def test_every_weight_counts_once(self) -> None:
-        assert self.params("(float[N,5] x) => (float[N,5] y) { a = Gemm(x, w, b)\n y = Gemm(a, w, b) }",
-                           w=(5, 5), b=(5,)) == 30
+        assert (
+            self.params("(float[N,5] x) => (float[N,5] y) { a = Gemm(x, w, b)\n y = Gemm(a, w, b) }", w=(5, 5), b=(5,))
+            == 30
+        )
 
     def test_positions_and_sizes_are_no_parameters(self) -> None:
-        assert self.params("(float[N,6] x) => (float[N,2,3] y) { a = MatMul(x, w)\n y = Reshape(a, s) }", w=(6, 6),
-                           s=np.array([0, 2, 3])) == 36
+        assert (
+            self.params(
+                "(float[N,6] x) => (float[N,2,3] y) { a = MatMul(x, w)\n y = Reshape(a, s) }",
+                w=(6, 6),
+                s=np.array([0, 2, 3]),
+            )
+            == 36
+        )
 
 
 @given(st.integers(0, 10**6), st.data())

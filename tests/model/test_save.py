@@ -18,12 +18,17 @@ from tests.graphs import from_text
 
 @pytest.fixture
 def model() -> onnx.ModelProto:
-    made = from_text("""(float[N,40] x) => (float[N,4] y) {
+    made = from_text(
+        """(float[N,40] x) => (float[N,4] y) {
         a = MatMul(x, w1)
         h = Cast<to=1>(half)
         b = Mul(a, h)
         y = MatMul(b, w2)
-    }""", w1=(40, 32), w2=(32, 4), half=np.linspace(0, 1, 32).astype(np.float16))
+    }""",
+        w1=(40, 32),
+        w2=(32, 4),
+        half=np.linspace(0, 1, 32).astype(np.float16),
+    )
     big = np.arange(3000, dtype=np.float32)
     made.graph.node.append(helper.make_node("Constant", [], ["unread"], value=numpy_helper.from_array(big, "inner")))
     made.graph.initializer[0].doc_string = "the first weight"
@@ -59,8 +64,19 @@ def test_external_tensors_start_at_page_boundaries(model: onnx.ModelProto, tmp_p
     assert entries and all(int(e["offset"]) % 4096 == 0 and e["location"] == "out.onnx.data" for e in entries)
 
 
-@pytest.mark.parametrize("elem", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT4,
-                                  TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.BOOL, TensorProto.INT64])
+@pytest.mark.parametrize(
+    "elem",
+    [
+        TensorProto.FLOAT16,
+        TensorProto.BFLOAT16,
+        TensorProto.INT8,
+        TensorProto.UINT4,
+        TensorProto.INT4,
+        TensorProto.FLOAT8E4M3FN,
+        TensorProto.BOOL,
+        TensorProto.INT64,
+    ],
+)
 def test_every_element_type_survives(tmp_path: Path, elem: int) -> None:
     dtype = helper.tensor_dtype_to_np_dtype(elem)
     array = (np.arange(4001) % 7).astype(dtype)
@@ -95,7 +111,9 @@ class TestPlace:
         place(tmp_path / "m.onnx", produce)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"m.onnx": b"model", "m.onnx.data": b"data"}
 
-    @pytest.mark.parametrize("error", [VerificationFailed("no"), KeyboardInterrupt(), RuntimeError("bug"), OSError(28, "full")])
+    @pytest.mark.parametrize(
+        "error", [VerificationFailed("no"), KeyboardInterrupt(), RuntimeError("bug"), OSError(28, "full")]
+    )
     def test_a_failure_leaves_nothing_and_keeps_what_was_there(self, tmp_path: Path, error: BaseException) -> None:
         target = tmp_path / "m.onnx"
         target.write_bytes(b"old")

@@ -137,7 +137,9 @@ DAMAGED = from_text(
         e = Einsum<equation="ij,jk->ik">(r, w2)
         y = Add(e, b)
     }""",
-    w1=(5, LARGE), w2=(LARGE, 4), b=(4,),
+    w1=(5, LARGE),
+    w2=(LARGE, 4),
+    b=(4,),
 ).SerializeToString()
 
 

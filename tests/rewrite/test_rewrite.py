@@ -80,7 +80,8 @@ class TestWhatStays:
         model = from_text(CHAIN, **SHAPES)
         after = prune(model, w1=[0, 3, 4])
         assert [(n.name, n.op_type, list(n.input), list(n.output)) for n in after.graph.node] == [
-            (n.name, n.op_type, list(n.input), list(n.output)) for n in model.graph.node]
+            (n.name, n.op_type, list(n.input), list(n.output)) for n in model.graph.node
+        ]
         assert list(after.graph.input) == list(model.graph.input)
         assert list(after.graph.output) == list(model.graph.output)
         assert [t.name for t in after.graph.initializer] == [t.name for t in model.graph.initializer]
@@ -123,14 +124,22 @@ class TestWhatStays:
         assert (dims[0].dim_param, dims[1].dim_value) == ("N", 2)
 
     def test_weights_that_no_group_touches_keep_their_bytes(self, prune) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             a = Gemm(x, w1)
             b = Gemm(a, w2)
             c = Gemm(b, w3)
             y = Gemm(c, w4)
-        }""", w1=(5, 8), w2=(8, 6), w3=(6, 7), w4=(7, 4))
+        }""",
+            w1=(5, 8),
+            w2=(8, 6),
+            w3=(6, 7),
+            w4=(7, 4),
+        )
         before, after = weights(model), weights(prune(model, w1=[1, 2]))
-        assert np.array_equal(after["w1"], before["w1"][:, [1, 2]]) and np.array_equal(after["w2"], before["w2"][[1, 2]])
+        assert np.array_equal(after["w1"], before["w1"][:, [1, 2]]) and np.array_equal(
+            after["w2"], before["w2"][[1, 2]]
+        )
         assert np.array_equal(after["w3"], before["w3"]) and np.array_equal(after["w4"], before["w4"])
 
     def test_the_original_is_not_touched(self, prune) -> None:
@@ -161,11 +170,14 @@ class TestWhatStays:
     @pytest.mark.parametrize("elem", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
     @pytest.mark.parametrize("raw", [True, False])
     def test_weights_are_read_in_whatever_form_they_are_stored(self, elem: int, raw: bool) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             w = Cast<to=1>(w1)
             a = MatMul(x, w)
             y = MatMul(a, w2)
-        }""", w2=(8, 4))
+        }""",
+            w2=(8, 4),
+        )
         values = np.linspace(-2, 2, 40).reshape(5, 8)
         array = values.astype(helper.tensor_dtype_to_np_dtype(elem))
         tensor = numpy_helper.from_array(array, "w1") if raw else helper.make_tensor("w1", elem, (5, 8), values.ravel())
@@ -235,74 +247,125 @@ class TestSizes:
     }"""
 
     def test_cut_points_computed_from_the_shape_need_no_patch(self, prune) -> None:
-        model = from_text(self.CHUNK, w1=(5, 12), w2=(6, 4), one=np.array(1), two=np.array(2), zero1=np.array([0]),
-                          one1=np.array([1]), two1=np.array([2]))
+        model = from_text(
+            self.CHUNK,
+            w1=(5, 12),
+            w2=(6, 4),
+            one=np.array(1),
+            two=np.array(2),
+            zero1=np.array([0]),
+            one1=np.array([1]),
+            two1=np.array([2]),
+        )
         after = prune(model, w1=[0, 2, 5])
         assert operators(after) == operators(model)
         assert [list(n.input) for n in after.graph.node] == [list(n.input) for n in model.graph.node]
         assert weights(after)["w1"].shape == (5, 6)
-        assert all(np.array_equal(weights(after)[k], weights(model)[k]) for k in ("one", "two", "zero1", "one1", "two1"))
+        assert all(
+            np.array_equal(weights(after)[k], weights(model)[k]) for k in ("one", "two", "zero1", "one1", "two1")
+        )
 
     def test_cut_points_that_no_longer_follow_are_corrected(self, prune) -> None:
         """Two layers of the same width side by side: after pruning one, Shape/2 is no longer the boundary."""
-        text = self.CHUNK.replace("a = MatMul(x, w1)", "p = MatMul(x, wa)\n q = MatMul(x, wb)\n a = Concat<axis=1>(p, q)")
+        text = self.CHUNK.replace(
+            "a = MatMul(x, w1)", "p = MatMul(x, wa)\n q = MatMul(x, wb)\n a = Concat<axis=1>(p, q)"
+        )
         text = text.replace("m = Mul(left, g)", "m = Concat<axis=1>(left, g)")
-        model = from_text(text, wa=(5, 6), wb=(5, 6), w2=(12, 4), one=np.array(1), two=np.array(2),
-                          zero1=np.array([0]), one1=np.array([1]), two1=np.array([2]))
+        model = from_text(
+            text,
+            wa=(5, 6),
+            wb=(5, 6),
+            w2=(12, 4),
+            one=np.array(1),
+            two=np.array(2),
+            zero1=np.array([0]),
+            one1=np.array([1]),
+            two1=np.array([2]),
+        )
         after = prune(model, wa=[0, 3])
         assert weights(after)["wa"].shape == (5, 2) and weights(after)["wb"].shape == (5, 6)
 
     def test_constant_cut_points_move_to_the_same_units(self, prune) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             a = MatMul(x, w1)
             left = Slice(a, c0, c6, c1)
             right = Slice(a, c6, far, c1)
             m = Mul(left, right)
             y = MatMul(m, w2)
-        }""", w1=(5, 12), w2=(6, 4), c0=np.array([0]), c6=np.array([6]), c1=np.array([1]), far=np.array([2**63 - 1]))
+        }""",
+            w1=(5, 12),
+            w2=(6, 4),
+            c0=np.array([0]),
+            c6=np.array([6]),
+            c1=np.array([1]),
+            far=np.array([2**63 - 1]),
+        )
         after = prune(model, w1=[0, 2, 3, 5])
         bounds = [weights(after)[n].tolist() for k in (1, 2) for n in after.graph.node[k].input[1:3]]
         assert bounds == [[0], [4], [4], [2**63 - 1]]
 
-    @pytest.mark.parametrize(("target", "expected"), [([0, 3, 4], [0, 3, 2]), ([0, 3, -1], [0, 3, -1]),
-                                                      ([-1, 3, 4], [-1, 3, 2]), ([0, -1, 4], [0, -1, 2])])
+    @pytest.mark.parametrize(
+        ("target", "expected"),
+        [([0, 3, 4], [0, 3, 2]), ([0, 3, -1], [0, 3, -1]), ([-1, 3, 4], [-1, 3, 2]), ([0, -1, 4], [0, -1, 2])],
+    )
     def test_reshape_targets_change_only_where_a_pruned_size_is_spelled_out(
         self, prune, target: list[int], expected: list[int]
     ) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,3,6] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,3,6] y) {
             a = MatMul(x, w1)
             r = Reshape(a, target)
             y = MatMul(r, w2)
-        }""", w1=(5, 12), w2=(4, 6), target=np.array(target))
+        }""",
+            w1=(5, 12),
+            w2=(4, 6),
+            target=np.array(target),
+        )
         analysis = analyse(load(model))
         assert [g.size for g in analysis.groups] == [4], "the 3 is a graph output's axis"
         assert weights(prune(model, w1=[1, 3]))["target"].tolist() == expected
 
     def test_a_split_in_equal_parts_gets_sizes_once_the_parts_differ(self, prune) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             a = MatMul(x, w1)
             p, q = Split<axis=1>(a)
             r = Relu(q)
             c = Concat<axis=1>(r, p)
             y = MatMul(c, w2)
-        }""", w1=(5, 12), w2=(12, 4))
+        }""",
+            w1=(5, 12),
+            w2=(12, 4),
+        )
         after = prune(model, w1=[0, 5])
         split = next(n for n in after.graph.node if n.op_type == "Split")
         assert weights(after)[split.input[1]].tolist() == [2, 6]
 
     def test_group_counts_and_hidden_sizes_are_attributes_that_follow(self, prune) -> None:
-        grouped = from_text("""(float[N,3,8,8] x) => (float[N,4,8,8] y) {
+        grouped = from_text(
+            """(float[N,3,8,8] x) => (float[N,4,8,8] y) {
             a = Conv(x, w1)
             b = Conv<group=3>(a, w2)
             y = Conv(b, w3)
-        }""", w1=(12, 3, 1, 1), w2=(6, 4, 1, 1), w3=(4, 6, 1, 1))
+        }""",
+            w1=(12, 3, 1, 1),
+            w2=(6, 4, 1, 1),
+            w3=(4, 6, 1, 1),
+        )
         after = prune(grouped, w1=[0, 2])
         assert helper.get_node_attr_value(after.graph.node[1], "group") == 2
-        cell = from_text("""(float[7,N,5] x) => (float[7,N,4] y) {
+        cell = from_text(
+            """(float[7,N,5] x) => (float[7,N,4] y) {
             h = GRU<hidden_size=6>(x, w, r)
             s = Squeeze(h, one)
             y = MatMul(s, w2)
-        }""", w=(1, 18, 5), r=(1, 18, 6), w2=(6, 4), one=np.array([1]))
+        }""",
+            w=(1, 18, 5),
+            r=(1, 18, 6),
+            w2=(6, 4),
+            one=np.array([1]),
+        )
         after = prune(cell, w=[0, 2, 3, 5])
         assert helper.get_node_attr_value(after.graph.node[0], "hidden_size") == 4
 
@@ -311,7 +374,8 @@ class TestNumbers:
     """What dead units contributed is made up for; a number computed from a size keeps its value."""
 
     def test_an_attention_scale_computed_from_the_shape_keeps_its_value(self, prune) -> None:
-        model = from_text("""(float[N,5,16] x) => (float[N,5,7] y) {
+        model = from_text(
+            """(float[N,5,16] x) => (float[N,5,7] y) {
             q = MatMul(x, wq)
             k = MatMul(x, wk)
             v = MatMul(x, wv)
@@ -325,7 +389,13 @@ class TestNumbers:
             p = Softmax(scaled)
             o = MatMul(p, v)
             y = MatMul(o, wo)
-        }""", wq=(16, 8), wk=(16, 8), wv=(16, 6), wo=(6, 7), two=np.array(2))
+        }""",
+            wq=(16, 8),
+            wk=(16, 8),
+            wv=(16, 6),
+            wo=(6, 7),
+            two=np.array(2),
+        )
         after = prune(model, wq=[0, 4, 6])
         x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype(np.float32)
         wq, wk, wv, wo = (weights(model)[k] for k in ("wq", "wk", "wv", "wo"))
@@ -340,11 +410,15 @@ class TestNumbers:
         image = op == "Conv"
         size = ",1,1" if image else ""
         first = "Conv(x, w1)" if image else "Gemm(x, w1)"
-        model = from_text(f"""(float[N,5{size}] x) => (float[N,4{size}] y) {{
+        model = from_text(
+            f"""(float[N,5{size}] x) => (float[N,4{size}] y) {{
             a = {first}
             s = Sigmoid(a)
             y = {op}(s, w2)
-        }}""", w1=(8, 5, 1, 1) if image else (5, 8), w2=(4, 8, 1, 1) if image else (8, 4))
+        }}""",
+            w1=(8, 5, 1, 1) if image else (5, 8),
+            w2=(4, 8, 1, 1) if image else (8, 4),
+        )
         after = prune(model, w1=[1, 2, 6])
         x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
         w1 = weights(model)["w1"].reshape(8, 5).T if image else weights(model)["w1"]
@@ -356,29 +430,42 @@ class TestNumbers:
         np.testing.assert_array_equal([n for n in operators(after) if n == "Sigmoid"], ["Sigmoid"])
 
     def test_a_mean_over_units_is_rescaled(self, prune) -> None:
-        model = from_text("""(float[N,5,6] x) => (float[N,1,6] y) {
+        model = from_text(
+            """(float[N,5,6] x) => (float[N,1,6] y) {
             a = Conv(x, w1)
             y = ReduceMean<axes=[1]>(a)
-        }""", w1=(8, 5, 1))
+        }""",
+            w1=(8, 5, 1),
+        )
         after = prune(model, w1=[0, 3])
         x = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
         expected = np.einsum("oi,nit->not", weights(model)["w1"][[0, 3], :, 0], x).sum(1, keepdims=True) / 8
         np.testing.assert_allclose(run(after, x=x)[0], expected, rtol=1e-5, atol=1e-6)
 
     def test_a_mean_down_to_a_scalar_stays_a_scalar(self, prune) -> None:
-        model = from_text("""(float[2,5] x) => (float y) {
+        model = from_text(
+            """(float[2,5] x) => (float y) {
             a = MatMul(x, w1)
             y = ReduceMean<keepdims=0>(a)
-        }""", w1=(5, 8))
+        }""",
+            w1=(5, 8),
+        )
         after = prune(model, w1=[0, 3])
         assert run(after, x=np.ones((2, 5), np.float32))[0].shape == ()
 
     def test_a_root_mean_square_norm_keeps_dividing_by_the_original_size(self, prune) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             a = MatMul(x, w1)
             n = RMSNormalization<axis=-1, epsilon=0.1>(a, gamma)
             y = MatMul(n, w2)
-        }""", opset=23, ir=11, w1=(5, 8), gamma=(8,), w2=(8, 4))
+        }""",
+            opset=23,
+            ir=11,
+            w1=(5, 8),
+            gamma=(8,),
+            w2=(8, 4),
+        )
         after = prune(model, w1=[0, 3, 5])
         x = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
         a = x @ weights(model)["w1"][:, [0, 3, 5]]
@@ -387,10 +474,14 @@ class TestNumbers:
 
     def test_a_product_of_two_parameters_is_recomputed_and_not_held(self, prune) -> None:
         """It is known without running the model, but it is no number that was computed from a size."""
-        model = from_text("""(float[N,6] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,6] x) => (float[N,4] y) {
             w = MatMul(w1, w2)
             y = MatMul(x, w)
-        }""", w1=(6, 8), w2=(8, 4))
+        }""",
+            w1=(6, 8),
+            w2=(8, 4),
+        )
         analysis = analyse(load(model))
         if analysis.groups:
             after = prune(model, w1=[0, 3, 5])
@@ -439,11 +530,16 @@ class TestForms:
         assert operators(after) == ["MatMul", "Relu"] * 2 and not after.functions
 
     def test_an_optional_input_that_is_left_out(self, prune) -> None:
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             a = MatMul(x, w1)
             c = Clip(a, , top)
             y = MatMul(c, w2)
-        }""", w1=(5, 8), w2=(8, 4), top=np.array(1, np.float32))
+        }""",
+            w1=(5, 8),
+            w2=(8, 4),
+            top=np.array(1, np.float32),
+        )
         after = prune(model, w1=[1, 2])
         assert list(after.graph.node[1].input) == ["a", "", "top"]
 
@@ -457,11 +553,16 @@ class TestForms:
         assert weights(after)["w1"].shape == (5, 1)
 
     def test_a_weight_larger_than_what_is_kept_in_the_skeleton(self, prune) -> None:
-        model = from_text("""(float[N,40] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,40] x) => (float[N,4] y) {
             a = MatMul(x, w1)
             b = MatMul(a, w2)
             y = MatMul(b, w3)
-        }""", w1=(40, 64), w2=(64, 48), w3=(48, 4))
+        }""",
+            w1=(40, 64),
+            w2=(64, 48),
+            w3=(48, 4),
+        )
         keep = list(range(0, 64, 3))
         after = prune(model, w1=keep, w2=list(range(5, 48)))
         assert np.array_equal(weights(after)["w2"], weights(model)["w2"][keep][:, 5:])

@@ -123,7 +123,9 @@ class TestTargets:
 
     def test_the_same_seed_gives_the_same_plan(self, analysis: Analysis) -> None:
         first, second = (choose(analysis, parse_target("macs=0.5"), importance="random", seed=4) for _ in range(2))
-        assert {k: v.tolist() for k, v in first.plan.keep.items()} == {k: v.tolist() for k, v in second.plan.keep.items()}
+        assert {k: v.tolist() for k, v in first.plan.keep.items()} == {
+            k: v.tolist() for k, v in second.plan.keep.items()
+        }
 
 
 def _mostly_dead(slices: object, rng: np.random.Generator) -> np.ndarray:
@@ -164,15 +166,27 @@ class TestAlignment:
         assert choice.align < 64 and choice.outcome.met
 
     def test_a_group_smaller_than_a_block_stays_whole(self) -> None:
-        found = analyse(load(from_text(
-            "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n b = MatMul(a, w2)\n y = MatMul(b, w3) }",
-            w1=(5, 6), w2=(6, 64), w3=(64, 4))))
+        found = analyse(
+            load(
+                from_text(
+                    "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n b = MatMul(a, w2)\n y = MatMul(b, w3) }",
+                    w1=(5, 6),
+                    w2=(6, 64),
+                    w3=(64, 4),
+                )
+            )
+        )
         choice = choose(found, parse_target("params=0.64"), align=8)
         assert choice.align == 8 and counts(found, choice.plan) == {6: 6, 64: 40}
 
     def test_a_size_that_is_no_multiple_is_rounded_down_first(self) -> None:
-        found = analyse(load(from_text(
-            "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 70), w2=(70, 4))))
+        found = analyse(
+            load(
+                from_text(
+                    "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 70), w2=(70, 4)
+                )
+            )
+        )
         choice = choose(found, parse_target("params=0.91"), align=16)
         assert choice.align == 16 and counts(found, choice.plan) == {70: 64}
 
@@ -197,15 +211,19 @@ class TestAlignment:
                 of = Reshape(ot, merged)
                 y = MatMul(of, wo)
             }""",
-            wq=(64, 192), wk=(64, 192), wv=(64, 192), wo=(192, 7),
+            wq=(64, 192),
+            wk=(64, 192),
+            wv=(64, 192),
+            wo=(192, 7),
         )
         found = analyse(load(model))
         by_size = {g.size: steps(found, list(found.groups), 16)[g.id] for g in found.groups}
         assert by_size[6] == 1, "a head of 32 channels is two whole blocks"
         assert by_size[32] == 8, "6 heads lose 6 channels at a time: 8 of these are three blocks of 16"
 
-    @pytest.mark.parametrize(("deploy", "expected"), [("openvino", {16}), ("tensorrt", {8}), ("none", {1}),
-                                                      ("ort-cpu", {8, 16})])
+    @pytest.mark.parametrize(
+        ("deploy", "expected"), [("openvino", {16}), ("tensorrt", {8}), ("none", {1}), ("ort-cpu", {8, 16})]
+    )
     def test_deployments_have_their_blocks(self, deploy: str, expected: set[int]) -> None:
         assert block_size(deploy) in expected
         assert block_size(deploy, 3) == 3
@@ -225,30 +243,46 @@ class TestNothing:
             choose(found, parse_target("params=0.5"))
 
     def test_only_inexact_groups_need_to_be_allowed(self) -> None:
-        found = analyse(load(from_text(
-            """(float[1,5] x) => (float[1,4] y) {
+        found = analyse(
+            load(
+                from_text(
+                    """(float[1,5] x) => (float[1,4] y) {
                 a = MatMul(x, w1)
                 n = LayerNormalization(a, gamma)
                 y = MatMul(n, w2)
-            }""", w1=(5, 16), gamma=(16,), w2=(16, 4))))
+            }""",
+                    w1=(5, 16),
+                    gamma=(16,),
+                    w2=(16, 4),
+                )
+            )
+        )
         with pytest.raises(NothingPrunable, match="inexact") as caught:
             choose(found, parse_target("params=0.5"))
         assert "--allow-inexact" in caught.value.hint
         assert choose(found, parse_target("params=0.5"), allow_inexact=True).plan.keep
 
     def test_a_floor_that_forbids_everything(self) -> None:
-        found = analyse(load(from_text(
-            "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 4), w2=(4, 4))))
+        found = analyse(
+            load(
+                from_text(
+                    "(float[1,5] x) => (float[1,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 4), w2=(4, 4)
+                )
+            )
+        )
         with pytest.raises(TargetNotReached):
             choose(found, parse_target("params=0.5"), floor=0.99)
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["params", "macs", "channels"]), st.floats(0.3, 0.95),
-       st.sampled_from([1, 2, 4]), st.sampled_from(["global", "local"]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["params", "macs", "channels"]),
+    st.floats(0.3, 0.95),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["global", "local"]),
+)
 @settings(max_examples=60, deadline=None)
-def test_what_is_promised_is_what_remains(
-    seed: int, metric: str, fraction: float, align: int, scope: str
-) -> None:
+def test_what_is_promised_is_what_remains(seed: int, metric: str, fraction: float, align: int, scope: str) -> None:
     """Whatever the graph: predicted parameters are those of the pruned file, nothing falls below the goal unless no
     smaller step exists, and whole blocks are kept."""
     found = analyse(load(random_model(seed)))

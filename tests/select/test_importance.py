@@ -26,8 +26,13 @@ def model() -> onnx.ModelProto:
             n = BatchNormalization(a, gamma, beta, mean, var)
             y = Conv(n, w2)
         }""",
-        w1=(UNITS, 3, 1, 1), b1=(UNITS,), gamma=(UNITS,), beta=(UNITS,), mean=(UNITS,),
-        var=np.full(UNITS, 100, np.float32), w2=(4, UNITS, 1, 1),
+        w1=(UNITS, 3, 1, 1),
+        b1=(UNITS,),
+        gamma=(UNITS,),
+        beta=(UNITS,),
+        mean=(UNITS,),
+        var=np.full(UNITS, 100, np.float32),
+        w2=(4, UNITS, 1, 1),
     )
 
 
@@ -64,7 +69,9 @@ def test_l2_is_the_euclidean_norm_of_everything_that_goes(model: onnx.ModelProto
 
 def test_bn_is_the_magnitude_of_gamma_and_l2_where_there_is_none(model: onnx.ModelProto) -> None:
     np.testing.assert_allclose(found(model, "bn"), mean_one(np.abs(weights(model)["gamma"])), rtol=1e-6)
-    plain = from_text("(float[N,5] x) => (float[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 8), w2=(8, 4))
+    plain = from_text(
+        "(float[N,5] x) => (float[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(5, 8), w2=(8, 4)
+    )
     np.testing.assert_array_equal(found(plain, "bn"), found(plain, "l2"))
 
 
@@ -144,11 +151,18 @@ class TestUnits:
                 s = Squeeze(h, one)
                 y = MatMul(s, w2)
             }""",
-            w=(1, 24, 5), r=(1, 24, 6), w2=(6, 4), one=np.array([1]),
+            w=(1, 24, 5),
+            r=(1, 24, 6),
+            w2=(6, 4),
+            one=np.array([1]),
         )
         w = weights(model)
-        expected = (np.abs(w["w"][0]).reshape(4, 6, 5).sum((0, 2)) + np.abs(w["r"][0]).reshape(4, 6, 6).sum((0, 2))
-                    + np.abs(w["r"][0]).sum(0) + np.abs(w["w2"]).sum(1))
+        expected = (
+            np.abs(w["w"][0]).reshape(4, 6, 5).sum((0, 2))
+            + np.abs(w["r"][0]).reshape(4, 6, 6).sum((0, 2))
+            + np.abs(w["r"][0]).sum(0)
+            + np.abs(w["w2"]).sum(1)
+        )
         np.testing.assert_allclose(found(model, "l1"), mean_one(expected), rtol=1e-6)
 
     def test_a_shared_parameter_counts_once(self) -> None:
@@ -159,18 +173,20 @@ class TestUnits:
                 q = Add(p, b)
                 y = MatMul(q, w2)
             }""",
-            w1=(5, 8), b=(8,), w2=(8, 4),
+            w1=(5, 8),
+            b=(8,),
+            w2=(8, 4),
         )
         w = weights(model)
         expected = np.abs(w["w1"]).sum(0) + np.abs(w["b"]) + np.abs(w["w2"]).sum(1)
         np.testing.assert_allclose(found(model, "l1"), mean_one(expected), rtol=1e-6)
 
 
-
 def test_weights_larger_than_a_reading_block_are_summed_whole() -> None:
     """Rows are read in blocks of about four million numbers."""
-    model = from_text("(float[N,3000] x) => (float[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }",
-                      w1=(3000, 3000), w2=(3000, 4))
+    model = from_text(
+        "(float[N,3000] x) => (float[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }", w1=(3000, 3000), w2=(3000, 4)
+    )
     w = weights(model)
     expected = np.sqrt((w["w1"] ** 2).sum(0) + (w["w2"] ** 2).sum(1))
     np.testing.assert_allclose(found(model, "l2"), mean_one(expected), rtol=1e-6)

@@ -50,14 +50,23 @@ def test_a_plan_for_another_model_is_refused(other: Analysis) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "no json", "[]", "{}", '{"groups": 3}', '{"groups": [3]}', '{"groups": [{"id": "g0"}]}', "null",
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "a-b"}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "0-99"}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "5,3"}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "3,3"}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "-1"}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": 7}]}',
-     '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "0-999999999999"}]}'],
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"groups": 3}',
+        '{"groups": [3]}',
+        '{"groups": [{"id": "g0"}]}',
+        "null",
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "a-b"}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "0-99"}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "5,3"}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "3,3"}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "-1"}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": 7}]}',
+        '{"groups": [{"id": "g0", "size": 40, "member": "w1", "axis": 1, "kept": "0-999999999999"}]}',
+    ],
 )
 def test_a_stored_plan_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(ModelRejected):

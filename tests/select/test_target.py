@@ -35,9 +35,30 @@ def test_what_is_to_remain_of_a_thousand(text: str, metric: str, goal: float) ->
 
 @pytest.mark.parametrize(
     "text",
-    ["", "macs", "0.5", "macs=", "flops=0.5", "macs=half", "macs=-0.5", "macs=0", "macs=1", "macs=100%", "macs=0%",
-     "macs=150%", "macs=5 parsecs", "channels=16", "channels=2k", "macs=0.5=0.5", "macs=nan", "macs=inf", "macs=1,5",
-     "size=0MB", "macs=0G", "macs=1e999"],
+    [
+        "",
+        "macs",
+        "0.5",
+        "macs=",
+        "flops=0.5",
+        "macs=half",
+        "macs=-0.5",
+        "macs=0",
+        "macs=1",
+        "macs=100%",
+        "macs=0%",
+        "macs=150%",
+        "macs=5 parsecs",
+        "channels=16",
+        "channels=2k",
+        "macs=0.5=0.5",
+        "macs=nan",
+        "macs=inf",
+        "macs=1,5",
+        "size=0MB",
+        "macs=0G",
+        "macs=1e999",
+    ],
 )
 def test_what_makes_no_sense_is_refused_with_the_way_to_write_it(text: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -125,11 +125,16 @@ def test_nan_where_a_number_should_be_is_detected(surgery: tuple[Analysis, Plan,
 
 def test_a_mistake_that_shows_at_one_size_only_is_detected(model: onnx.ModelProto, tmp_path: Path) -> None:
     """A Reshape that froze the batch at the size of the first try."""
-    model = from_text("""(float[N,5] x) => (float[N,4] y) {
+    model = from_text(
+        """(float[N,5] x) => (float[N,4] y) {
         a = MatMul(x, w1)
         r = Reshape(a, target)
         y = MatMul(r, w2)
-    }""", w1=(5, 8), w2=(8, 4), target=np.array([-1, 8]))
+    }""",
+        w1=(5, 8),
+        w2=(8, 4),
+        target=np.array([-1, 8]),
+    )
     analysis, plan = analyse(load(model)), Plan({"g0": np.array([1, 2, 5])})
     path = tmp_path / "pruned.onnx"
     write(rewrite(analysis, plan), path)
@@ -143,8 +148,10 @@ class TestMasked:
     """The reference is the original with zeros, and is not smaller."""
 
     def test_only_what_produces_a_unit_is_zeroed(self, model: onnx.ModelProto) -> None:
-        reference = {t.name: numpy_helper.to_array(t) for t in to_proto(
-            masked(analyse(load(model)), Plan(KEEP))).graph.initializer}
+        reference = {
+            t.name: numpy_helper.to_array(t)
+            for t in to_proto(masked(analyse(load(model)), Plan(KEEP))).graph.initializer
+        }
         before = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         dead = [1, 4, 5, 6]
         for name in ("w1", "b1"):
@@ -156,12 +163,17 @@ class TestMasked:
 
     def test_a_quantised_zero_is_the_zero_point(self) -> None:
         rng = np.random.default_rng(0)
-        model = from_text("""(float[N,5] x) => (float[N,4] y) {
+        model = from_text(
+            """(float[N,5] x) => (float[N,4] y) {
             w = DequantizeLinear<axis=1>(w1, s, z)
             a = MatMul(x, w)
             y = MatMul(a, w2)
-        }""", w1=rng.integers(-99, 99, (5, 8)).astype(np.int8), s=np.full(8, 0.02, np.float32),
-            z=np.arange(8).astype(np.int8), w2=(8, 4))
+        }""",
+            w1=rng.integers(-99, 99, (5, 8)).astype(np.int8),
+            s=np.full(8, 0.02, np.float32),
+            z=np.arange(8).astype(np.int8),
+            w2=(8, 4),
+        )
         reference = to_proto(masked(analyse(load(model)), Plan({"g0": np.array([0, 1, 2])})))
         found = next(numpy_helper.to_array(t) for t in reference.graph.initializer if t.name == "w1")
         assert np.array_equal(found[:, 3:], np.broadcast_to(np.arange(3, 8), (5, 5)))
@@ -178,17 +190,22 @@ class TestTolerance:
         assert self.of(model) == TOLERANCES["float32"] == 1e-4
 
     def test_weights_that_are_only_stored_smaller_are_no_excuse(self) -> None:
-        model = from_text("(float[N,5] x) => (float[N,4] y) { w = Cast<to=1>(h)\n y = MatMul(x, w) }",
-                          h=np.ones((5, 4), np.float16))
+        model = from_text(
+            "(float[N,5] x) => (float[N,4] y) { w = Cast<to=1>(h)\n y = MatMul(x, w) }", h=np.ones((5, 4), np.float16)
+        )
         assert self.of(model) == TOLERANCES["float32"]
 
     def test_float16_and_integer_arithmetic(self) -> None:
         half = from_text("(float16[N,5] x) => (float16[N,4] y) { y = MatMul(x, h) }", h=np.ones((5, 4), np.float16))
         assert self.of(half) == TOLERANCES["float16"]
-        quantised = from_text("""(float[N,5] x) => (float[N,5] y) {
+        quantised = from_text(
+            """(float[N,5] x) => (float[N,5] y) {
             q = QuantizeLinear(x, s, z)
             y = DequantizeLinear(q, s, z)
-        }""", s=np.array(0.1, np.float32), z=np.array(3, np.uint8))
+        }""",
+            s=np.array(0.1, np.float32),
+            z=np.array(3, np.uint8),
+        )
         assert self.of(quantised) == TOLERANCES["int8"]
 
 
@@ -267,12 +284,18 @@ class TestVerify:
 
 
 def test_an_original_that_onnxruntime_cannot_run_is_refused_and_not_a_failure(tmp_path: Path) -> None:
-    model = from_text("""(float[N,5] x) => (float[N,4] y) <float[N,8] b> {
+    model = from_text(
+        """(float[N,5] x) => (float[N,4] y) <float[N,8] b> {
         a = MatMul(x, w1)
         b = com.microsoft.Mystery(a)
         c = MatMul(b, w2)
         y = MatMul(c, w3)
-    }""", microsoft=True, w1=(5, 8), w2=(8, 6), w3=(6, 4))
+    }""",
+        microsoft=True,
+        w1=(5, 8),
+        w2=(8, 6),
+        w3=(6, 4),
+    )
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(ModelRejected, match="onnxruntime"):
         compress(tmp_path / "m.onnx", tmp_path / "small.onnx", target="params=0.8", deploy="none")
@@ -281,8 +304,9 @@ def test_an_original_that_onnxruntime_cannot_run_is_refused_and_not_a_failure(tm
 
 def test_a_reference_in_which_a_unit_does_not_vanish_is_detected(tmp_path: Path) -> None:
     """Were a rule wrong about zero-invariance, the proof would show it: an exact group's consumers are not masked."""
-    model = from_text("(float[N,5] x) => (float[N,4] y) { a = MatMul(x, w1)\n s = Cos(a)\n y = MatMul(s, w2) }",
-                      w1=(5, 8), w2=(8, 4))
+    model = from_text(
+        "(float[N,5] x) => (float[N,4] y) { a = MatMul(x, w1)\n s = Cos(a)\n y = MatMul(s, w2) }", w1=(5, 8), w2=(8, 4)
+    )
     analysis = analyse(load(model))
     analysis.verdicts.constants.clear()  # as if cos(0) were 0
     plan = Plan({"g0": np.array([0, 1, 2])})
@@ -293,8 +317,11 @@ def test_a_reference_in_which_a_unit_does_not_vanish_is_detected(tmp_path: Path)
 
 def test_float_inputs_of_float16_models_are_drawn_in_their_type(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    model = from_text("(float16[N,5] x) => (float16[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }",
-                      w1=rng.standard_normal((5, 8)).astype(np.float16), w2=rng.standard_normal((8, 4)).astype(np.float16))
+    model = from_text(
+        "(float16[N,5] x) => (float16[N,4] y) { a = MatMul(x, w1)\n y = MatMul(a, w2) }",
+        w1=rng.standard_normal((5, 8)).astype(np.float16),
+        w2=rng.standard_normal((8, 4)).astype(np.float16),
+    )
     analysis, plan = analyse(load(model)), Plan({"g0": np.array([0, 1, 2])})
     write(rewrite(analysis, plan), tmp_path / "pruned.onnx")
     assert prove(analysis, plan, tmp_path / "pruned.onnx").passed

@@ -80,7 +80,8 @@ def test_a_mistake_in_front_of_a_selection_is_detected(tmp_path: Path, name: str
 
 
 def test_detections_are_compared_before_they_are_suppressed(tmp_path: Path) -> None:
-    model = from_text("""(float[1,20,6] x) => (int64[m,3] picked, float[1,20,4] boxes) {
+    model = from_text(
+        """(float[1,20,6] x) => (int64[m,3] picked, float[1,20,4] boxes) {
         h = MatMul(x, w1)
         r = Relu(h)
         boxes = MatMul(r, wb)
@@ -88,8 +89,14 @@ def test_detections_are_compared_before_they_are_suppressed(tmp_path: Path) -> N
         probable = Sigmoid(raw)
         scores = Transpose<perm=[0,2,1]>(probable)
         picked = NonMaxSuppression(boxes, scores, most, overlap, least)
-    }""", w1=(6, 16), wb=(16, 4), ws=(16, 2), most=np.array([5]), overlap=np.array([0.5], np.float32),
-        least=np.array([0.1], np.float32))
+    }""",
+        w1=(6, 16),
+        wb=(16, 4),
+        ws=(16, 2),
+        most=np.array([5]),
+        overlap=np.array([0.5], np.float32),
+        least=np.array([0.1], np.float32),
+    )
     analysis, plan = planned(model)
     assert plan.keep
     write(rewrite(analysis, plan), tmp_path / "small.onnx")
