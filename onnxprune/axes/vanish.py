@@ -69,8 +69,10 @@ def _all_outputs(analysis: Analysis, node: Node, atom: Atom) -> bool:
 def _leaves_bias(analysis: Analysis, node: Node, atom: Atom) -> bool:
     """True where a node that contracts the atom can be replaced by its bias."""
     graph = analysis.graph
-    if all(n in graph.values for n in node.outputs):
+    if node.index in analysis.arithmetic:
         return analysis.registry[node.op].from_shape is None
+    if all(n in graph.values for n in node.outputs):  # arithmetic among weights, which is folded elsewhere
+        return False
     over = [c for c in analysis.contractions.get(node.index, ()) if atom in set(atoms(c.over))]
     if not over or any(c.kind is not Kind.PRODUCT for c in over) or len(node.outputs) != 1:
         return False

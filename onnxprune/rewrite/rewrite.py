@@ -219,7 +219,7 @@ class Rewrite:
             return self.edit.constant(f"{name}_pruned", wanted)
         if producer is not None and wanted.ndim == 1 and self.joined(producer, wanted.size):
             return self.corrected_parts(at, producer, name, wanted)
-        if name in self.graph.parameters or not np.all(have):
+        if name in self.graph.parameters or have.dtype == bool or not np.all(have):
             return self.edit.constant(f"{name}_pruned", wanted.astype(have.dtype))
         return self.scaled(at, name, have, wanted)
 

@@ -89,7 +89,7 @@ def _values(
     if elem == TensorProto.STRING:
         return np.full(shape, "a", object)
     if elem == TensorProto.BOOL:
-        return np.ones(shape, bool) if "mask" in name.lower() else rng.random(shape) < 0.5
+        return np.ones(shape, bool) if "mask" in name.lower() else np.asarray(rng.random(shape) < 0.5)
     dtype = dtype_of(elem)
     if elem in _INTEGERS:
         if limit is None and "mask" in name.lower():
