@@ -23,6 +23,7 @@ from onnxprune.axes.expr import Expr, atoms, kept
 from onnxprune.axes.vanish import broadcast_region
 from onnxprune.model.graph import Graph, Model, Node
 from onnxprune.model.payload import dtype_of
+from onnxprune.ops.rules import MALFORMED
 from onnxprune.rewrite.edit import Change, Edit, Kept, take
 from onnxprune.rewrite.fold import fold_constants
 from onnxprune.rewrite.patch import Patch, shrunk
@@ -175,7 +176,11 @@ class Rewrite:
             shape = shrunk(self.size(node.inputs[0]), masks)
             results: Any = operator.from_shape(node, shape)
         elif operator.evaluate is not None:
-            results = operator.evaluate(node, *(self.have(node, i) if n else None for i, n in enumerate(node.inputs)))
+            inputs = [self.have(node, i) if n else None for i, n in enumerate(node.inputs)]
+            try:
+                results = operator.evaluate(node, *inputs)
+            except MALFORMED:  # the proof finds out whether that matters
+                return
         else:
             return
         for name, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False):
