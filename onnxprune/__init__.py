@@ -11,6 +11,7 @@ onnxruntime is imported where a model is run, torch nowhere here.
 from onnxprune._version import __version__
 from onnxprune.axes.analysis import Analysis, Group, Member
 from onnxprune.errors import (
+    DataError,
     ModelRejected,
     NothingPrunable,
     OnnxPruneError,
@@ -32,6 +33,7 @@ from onnxprune.verify.equivalence import prove
 __all__ = [
     "OPERATORS",
     "Analysis",
+    "DataError",
     "Graph",
     "Group",
     "Inspection",

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelRejected", "NothingPrunable", "OnnxPruneError", "TargetNotReached", "UsageError", "VerificationFailed"]
+__all__ = [
+    "DataError",
+    "ModelRejected",
+    "NothingPrunable",
+    "OnnxPruneError",
+    "TargetNotReached",
+    "UsageError",
+    "VerificationFailed",
+]
 
 
 class OnnxPruneError(Exception):
@@ -41,3 +49,9 @@ class VerificationFailed(OnnxPruneError):
     """The pruned model does not equal the masked original; nothing was written (exit 5)."""
 
     exit_code = 5
+
+
+class DataError(OnnxPruneError):
+    """The user's data or a callable of theirs does not fit the model, or failed (exit 6)."""
+
+    exit_code = 6
