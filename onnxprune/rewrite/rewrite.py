@@ -54,6 +54,7 @@ class Rewrite:
         self.inexact = {g.atom for g in analysis.groups if g.kind == INEXACT}
         self.edit = Edit(self.graph)
         self.values: dict[str, np.ndarray] = {}  # known values that differ from the original's
+        self.lost: set[str] = set()  # tensors whose value was known and isn't any more
         self.memo: dict[str, tuple[Kept, ...]] = {}
         self.left_bias: set[str] = set()
 
@@ -98,7 +99,9 @@ class Rewrite:
         if any(m is not None for j, n in enumerate(node.outputs) if n for m in self.output_masks(node, j)):
             return True
         noted = self.analysis.noted.get(node.index, {})
-        return any(kept(e, self.keep) is not None for e in noted.values()) or any(n in self.values for n in node.inputs)
+        return any(kept(e, self.keep) is not None for e in noted.values()) or any(
+            n in self.values or n in self.lost for n in node.inputs
+        )
 
     def visit(self, node: Node) -> None:
         if not self.touched(node):
@@ -114,11 +117,10 @@ class Rewrite:
             if name in self.graph.parameters:
                 self.slice(node, i, name)
         operator = self.analysis.registry.get(node.op)
-        known = bool(node.outputs) and all(n in self.graph.values for n in node.outputs if n)
         if node.index not in self.analysis.arithmetic:
             if operator is not None and operator.patch is not None:
                 operator.patch(patch)
-            if not known or not self.foldable(node):
+            if not self.passes_numbers(node):
                 self.hold_numbers(node, patch)
         self.fold_constants(node)
         self.refold(node)
@@ -144,9 +146,13 @@ class Rewrite:
         self.edit.replace(output, value.reshape(shape))
         self.left_bias.add(output)
 
-    def foldable(self, node: Node) -> bool:
+    def passes_numbers(self, node: Node) -> bool:
+        """True where a node makes numbers of numbers, so that they are held further on. Weights are no numbers."""
         operator = self.analysis.registry.get(node.op)
-        return operator is not None and (operator.evaluate is not None or operator.from_shape is not None)
+        if operator is None or (operator.evaluate is None and operator.from_shape is None):
+            return False
+        made = [n for n in node.outputs if n]
+        return bool(made) and all(n in self.graph.values and n not in self.graph.weighted for n in made)
 
     def slice(self, node: Node, i: int, name: str) -> None:
         masks = self.input_masks(node, i)
@@ -162,37 +168,47 @@ class Rewrite:
         """The value of an input in the new graph, where it is known."""
         name = node.inputs[i]
         at_use = self.values.get(f"{node.index}:{i}")
-        return at_use if at_use is not None else self.values.get(name, self.graph.values.get(name))
+        if at_use is not None or name in self.lost:
+            return at_use
+        return self.values.get(name, self.graph.values.get(name))
 
     def refold(self, node: Node) -> None:
-        """Known outputs, computed again in the new sizes."""
-        if not node.outputs or not all(n in self.graph.values for n in node.outputs if n):
+        """Known outputs, computed again in the new sizes. What comes from weights alone is no size or position: it is
+        a tensor like any other, and its value is not followed."""
+        made = [n for n in node.outputs if n]
+        if not made or not all(n in self.graph.values for n in made):
             return
-        operator = self.analysis.registry.get(node.op)
-        if operator is None:
+        results = None
+        if any(n in self.graph.sized or n not in self.graph.weighted for n in made):
+            results = self.evaluated(node)
+        if results is None:
+            self.lost.update(made)
             return
-        if operator.from_shape is not None:
-            masks = self.input_masks(node, 0)
-            shape = shrunk(self.size(node.inputs[0]), masks)
-            results: Any = operator.from_shape(node, shape)
-        elif operator.evaluate is not None:
-            inputs = [self.have(node, i) if n else None for i, n in enumerate(node.inputs)]
-            try:
-                results = operator.evaluate(node, *inputs)
-            except MALFORMED:  # the proof finds out whether that matters
-                return
-        else:
-            return
-        for name, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False):
-            result = np.asarray(result)
+        for name, result in zip(node.outputs, results, strict=False):
             if not np.array_equal(result, self.graph.values[name]):
-                self.values[name] = result
+                self.values[name] = np.asarray(result)
+
+    def evaluated(self, node: Node) -> tuple[Any, ...] | None:
+        """A node's outputs in the new sizes; None where they can't be told."""
+        operator = self.analysis.registry.get(node.op)
+        if operator is not None and operator.from_shape is not None:
+            return (operator.from_shape(node, shrunk(self.size(node.inputs[0]), self.input_masks(node, 0))),)
+        inputs = [self.have(node, i) if n else None for i, n in enumerate(node.inputs)]
+        missing = any(v is None for n, v in zip(node.inputs, inputs, strict=True) if n)
+        if operator is None or operator.evaluate is None or missing:
+            return None
+        try:
+            results = operator.evaluate(node, *inputs)
+        except MALFORMED:  # attributes that fit the old sizes only
+            return None
+        return results if isinstance(results, tuple) else (results,)
 
     def hold_numbers(self, node: Node, patch: Patch) -> None:
         """A number computed from a pruned size keeps its value (rule 3)."""
         for i, name in enumerate(node.inputs):
             number = name in self.graph.sized and name not in self.graph.weighted
-            if name not in self.values or not number or i in patch.wanted:
+            changed = name in self.values or name in self.lost
+            if not changed or not number or i in patch.wanted:
                 continue
             masks = self.input_masks(node, i)
             original = self.graph.values[name]
@@ -218,14 +234,18 @@ class Rewrite:
 
     def corrected(self, at: int, name: str, have: np.ndarray | None, wanted: np.ndarray) -> str:
         """A tensor with the wanted value, made from `name`: through a Concat part by part, at a constant by exchange,
-        and of anything else by a factor per element."""
+        and of anything else by a factor per element, or a difference where that is no number or zero."""
         producer = self.graph.producers.get(name)
         if have is None or have.shape != wanted.shape:
             return self.edit.constant(f"{name}_pruned", wanted)
         if producer is not None and wanted.ndim == 1 and self.joined(producer, wanted.size):
             return self.corrected_parts(at, producer, name, wanted)
-        if name in self.graph.parameters or have.dtype == bool or not np.all(have):
+        if name in self.graph.parameters:
             return self.edit.constant(f"{name}_pruned", wanted.astype(have.dtype))
+        if have.dtype == bool:
+            return self.inserted(at, "Xor", name, have ^ wanted)
+        if not np.all(have):
+            return self.inserted(at, "Add", name, (wanted - have).astype(have.dtype))
         return self.scaled(at, name, have, wanted)
 
     def joined(self, producer: Node, size: int) -> bool:
@@ -253,20 +273,18 @@ class Rewrite:
         return new
 
     def scaled(self, at: int, name: str, have: np.ndarray, wanted: np.ndarray) -> str:
-        new = self.edit.name(f"{name}_pruned")
         if have.dtype.kind == "f":
-            factor = self.edit.constant(f"{name}_factor", (wanted / have).astype(have.dtype))
-            self.edit.insert_before(at, "Mul", [name, factor], new)
-            return new
+            return self.inserted(at, "Mul", name, (wanted / have).astype(have.dtype))
         ratios = [Fraction(int(w), int(h)) for w, h in zip(wanted.reshape(-1), have.reshape(-1), strict=True)]
         top = np.array([r.numerator for r in ratios], have.dtype).reshape(have.shape)
         bottom = np.array([r.denominator for r in ratios], have.dtype).reshape(have.shape)
-        if np.all(bottom == 1):
-            self.edit.insert_before(at, "Mul", [name, self.edit.constant(f"{name}_factor", top)], new)
-            return new
-        scaled = self.edit.name(f"{name}_scaled")
-        self.edit.insert_before(at, "Mul", [name, self.edit.constant(f"{name}_factor", top)], scaled)
-        self.edit.insert_before(at, "Div", [scaled, self.edit.constant(f"{name}_divisor", bottom)], new)
+        scaled = self.inserted(at, "Mul", name, top)
+        return scaled if np.all(bottom == 1) else self.inserted(at, "Div", scaled, bottom)
+
+    def inserted(self, at: int, op: str, name: str, by: np.ndarray) -> str:
+        """A tensor made from `name` and a constant, in front of node `at`."""
+        new = self.edit.name(f"{name}_pruned")
+        self.edit.insert_before(at, op, [name, self.edit.constant(f"{name}_by", by)], new)
         return new
 
     def fold_constants(self, node: Node) -> None:

@@ -155,6 +155,7 @@ def latents(b: Builder, x: Tensor) -> Tensor:
         target = b.sizes(x, [From(0), count, width]) if isinstance(n, str) else b.constant([n, count, width])
         q = b.node("Expand", [q, target], (n, count, width))
     k, v = linear(b, x, width), linear(b, x)
+    q = scaled(b, q, k) if b.chance(3) else q
     scores = b.node("MatMul", [q, b.transpose(k, 0, 2, 1)], (n, count, t))
     weights = b.node("Softmax", [scaled(b, scores, q)], scores.shape, axis=2)
     return b.node("MatMul", [weights, v], (n, count, v.size(2)))
