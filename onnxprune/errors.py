@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "DataError",
     "ModelRejected",
+    "NotMirrored",
     "NothingPrunable",
     "OnnxPruneError",
     "TargetNotReached",
@@ -37,6 +38,10 @@ class ModelRejected(OnnxPruneError):
 
 class NothingPrunable(ModelRejected):
     """The model is valid but has no group that may be pruned (exit 3)."""
+
+
+class NotMirrored(ModelRejected):
+    """The model can't be trained: nodes of it have no form in torch (exit 3)."""
 
 
 class TargetNotReached(OnnxPruneError):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import Any
+
 from onnxprune.axes.expr import Expr
+from onnxprune.ops.lazy import F
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS"]
 
@@ -122,6 +125,52 @@ def conv_macs(w: int):
     return macs
 
 
+def spatial(m: MirrorContext, w: int) -> tuple[list[int], list[int], list[int]]:
+    """Kernel sizes, strides and dilations of a convolution whose weight is input w."""
+    shape = m.shape(w)
+    if shape is None:
+        raise m.unsupported("the rank of its weight is unknown")
+    kernel = [n or k for n, k in zip(shape[2:], m.attr("kernel_shape", shape[2:]), strict=True)]
+    return kernel, list(m.attr("strides", [1] * len(kernel))), list(m.attr("dilations", [1] * len(kernel)))
+
+
+def padded(m: MirrorContext, x: Any, kernel: list[int], strides: list[int], dilations: list[int]) -> tuple[Any, Any]:
+    """The input and the symmetric padding to give to torch: what is not symmetric is padded beforehand."""
+    rank = len(kernel)
+    auto = m.attr("auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        pads: list[Any] = [0] * (2 * rank)
+        for k in range(rank):
+            span = dilations[k] * (kernel[k] - 1) + 1
+            if strides[k] == 1:
+                total = span - 1
+            else:
+                total = m.call(same_padding, x.size(2 + k), span, strides[k])
+            less, more = total // 2, total - total // 2
+            pads[k], pads[rank + k] = (less, more) if auto == "SAME_UPPER" else (more, less)
+    else:
+        pads = [0] * (2 * rank) if auto == "VALID" else list(m.attr("pads", [0] * (2 * rank)))
+    symmetric = all(isinstance(p, int) for p in pads) and pads[:rank] == pads[rank:] and min(pads, default=0) >= 0
+    if symmetric:
+        return x, tuple(pads[:rank])
+    sides = [p for k in reversed(range(rank)) for p in (pads[k], pads[rank + k])]
+    return F.pad(x, sides), (0,) * rank
+
+
+def same_padding(size: int, span: int, stride: int) -> int:
+    """Zeros to add along an axis so that a window of this span gives size / stride results."""
+    return max((-(-size // stride) - 1) * stride + span - size, 0)
+
+
+def conv_mirror(m: MirrorContext) -> Any:
+    kernel, strides, dilations = spatial(m, 1)
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}.get(len(kernel))
+    if function is None:
+        raise m.unsupported(f"a convolution over {len(kernel)} axes")
+    x, padding = padded(m, m.tensor(0), kernel, strides, dilations)
+    return function(x, m.tensor(1), m.optional(2), tuple(strides), padding, tuple(dilations), int(m.attr("group", 1)))
+
+
 def conv_transpose_macs(
     node: NodeView, inputs: Sequence[tuple[Expr, ...]], outputs: Sequence[tuple[Expr, ...]]
 ) -> list[Term]:
@@ -160,7 +209,7 @@ def _zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
 
 
 OPERATORS = (
-    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2),
+    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2, mirror=conv_mirror),
     Operator("ConvTranspose", conv_transpose_axes, conv_dead(0, 1, 2), conv_transpose_macs, patch_groups),
     Operator(
         "ConvInteger",

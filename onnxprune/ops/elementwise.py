@@ -6,6 +6,7 @@ Their effect on a dead unit is their value at the dead unit's constant: relu(0) 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import onnx
 
 from onnxprune.axes.expr import Expr
+from onnxprune.ops.lazy import torch
 from onnxprune.ops.registry import Evaluate, Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, NodeView
+from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView
 
 __all__ = ["OPERATORS", "broadcast", "evaluated", "multiplied"]
 
@@ -138,11 +140,13 @@ def _divide(n: NodeView, x: Any, y: Any) -> Any:
 
 
 def _unary(name: str, f: Callable[[Any], Any]) -> Operator:
-    return _with(name, lambda n, x, *_: f(x))
+    method = TORCH_UNARY.get(name)
+    mirror: Any = None if method is None else lambda m: method(m.tensor(0))
+    return _with(name, lambda n, x, *_: f(x), mirror=mirror)
 
 
-def _with(name: str, evaluate: Evaluate, axes: Any = first_input_axes) -> Operator:
-    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape, broadcasts=True)
+def _with(name: str, evaluate: Evaluate, axes: Any = first_input_axes, **more: Any) -> Operator:
+    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape, broadcasts=True, **more)
 
 
 def _binary(name: str, f: Callable[..., Any], dead: Any = None, **more: Any) -> Operator:
@@ -215,6 +219,23 @@ UNARY: dict[str, Callable[[Any], Any]] = {
     "HardSwish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
 }
 
+TORCH_UNARY: dict[str, Callable[[Any], Any]] = {
+    "Relu": lambda x: torch.relu(x),
+}
+
+
+def arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[[MirrorContext], Any]:
+    """The mirror rule of a binary or variadic operator: constant scalars stand as numbers."""
+
+    def mirror(m: MirrorContext) -> Any:
+        result = m.operand(0)
+        for i in range(1, len(m.node.inputs)):
+            result = operation(result, m.operand(i))
+        return result
+
+    return mirror
+
+
 OPERATORS = (
     *(_unary(name, f) for name, f in UNARY.items()),
     _unary("Identity", lambda x: x),
@@ -244,7 +265,7 @@ OPERATORS = (
     Operator("com.microsoft::BiasGelu", bias_axes, biased, shape=_first_shape),
     Operator("com.microsoft::FastGelu", bias_axes, biased, shape=_first_shape),
     *(Operator(name, random_axes) for name in ("RandomNormalLike", "RandomUniformLike", "Bernoulli")),
-    _binary("Add", np.add),
+    _binary("Add", np.add, mirror=arithmetic(operator.add)),
     _binary("Sub", np.subtract),
     _binary("Mul", np.multiply, multiplied),
     Operator("Div", elementwise_axes, divided, evaluate=_divide, broadcasts=True, keeps=frozenset({1})),

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxprune.axes.expr import Expr, stretches
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS", "carried", "reshape"]
 
@@ -204,9 +204,18 @@ def _expanded(n: NodeView, x: Any, shape: Any) -> Any:
     )
 
 
+def flatten_mirror(m: MirrorContext) -> Any:
+    x, axis = m.tensor(0), int(m.attr("axis", 1))
+    if axis == 1:
+        return x.flatten(1)
+    if axis == 0:
+        return x.reshape(1, -1)
+    return x.flatten(0, axis - 1).flatten(1)
+
+
 OPERATORS = (
     Operator("Reshape", reshape_axes, carried, patch=patch_target, evaluate=_reshaped),
-    Operator("Flatten", flatten_axes, carried, evaluate=_flattened),
+    Operator("Flatten", flatten_axes, carried, evaluate=_flattened, mirror=flatten_mirror),
     Operator("Transpose", transpose_axes, carried, evaluate=_transposed),
     Operator("Squeeze", squeeze_axes, carried, evaluate=_squeezed),
     Operator("Unsqueeze", unsqueeze_axes, carried, evaluate=_unsqueezed),

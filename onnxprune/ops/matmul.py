@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from onnxprune.axes.expr import Expr
+from onnxprune.ops.lazy import F, torch
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS", "product_dead"]
 
@@ -237,6 +239,20 @@ def nbits_shape(node, inputs):
     return [(elem, (*x[:-1], int(node.attributes["N"])))]
 
 
+def gemm_mirror(m: MirrorContext) -> Any:
+    """alpha * A * B + beta * C; as `linear` where it is one, so that torch sees what the exporter saw."""
+    a, b, c = m.tensor(0), m.tensor(1), m.optional(2)
+    alpha, beta = float(m.attr("alpha", 1.0)), float(m.attr("beta", 1.0))
+    a = a.t() if m.attr("transA", 0) else a
+    plain = alpha == 1 and (c is None or (beta == 1 and m.rank(2) == 1))
+    if plain:
+        return F.linear(a, b if m.attr("transB", 0) else b.t(), c)
+    b = b.t() if m.attr("transB", 0) else b
+    if c is None:
+        return alpha * (a @ b)
+    return torch.addmm(c, a, b, alpha=alpha, beta=beta)
+
+
 OPERATORS = (
     Operator(
         "MatMul",
@@ -246,7 +262,7 @@ OPERATORS = (
         evaluate=lambda n, a, b: np.matmul(a, b),
         bias=2,
     ),
-    Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2),
+    Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2, mirror=gemm_mirror),
     Operator(
         "MatMulInteger",
         matmul_integer_axes,

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
+from typing import Any
 
+from onnxprune.ops.lazy import kernels
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
+
+_run = kernels("norm")
 
 
 def batch_norm_axes(c: AxisContext) -> None:
@@ -208,8 +212,23 @@ def _as_input(node, inputs):
     return [inputs[0], None, None][: len(node.outputs)]
 
 
+def batch_norm_mirror(m: MirrorContext) -> Any:
+    scale, bias, mean, variance = (m.tensor(i) for i in range(1, 5))
+    momentum, eps = 1 - float(m.attr("momentum", 0.9)), float(m.attr("epsilon", 1e-5))
+    return m.call(_run.batch_norm, m.tensor(0), mean, variance, scale, bias, m.training, momentum, eps)
+
+
 OPERATORS = (
-    Operator("BatchNormalization", batch_norm_axes, batch_norm_dead, keeps=frozenset({3, 4}), gamma=1, broadcasts=True),
+    Operator(
+        "BatchNormalization",
+        batch_norm_axes,
+        batch_norm_dead,
+        keeps=frozenset({3, 4}),
+        gamma=1,
+        broadcasts=True,
+        mirror=batch_norm_mirror,
+        fixed=frozenset({3, 4}),
+    ),
     Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2), mask=mask_norm(Kind.NORM, 2, 1, 2)),
     Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2), mask=mask_norm(Kind.NORM, None, 1, 2)),
     Operator(

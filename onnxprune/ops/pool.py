@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
 
@@ -67,11 +68,19 @@ def same(node: NodeView, states: Sequence[float | None]) -> float | None:
     return states[0]
 
 
+def global_average_mirror(m: MirrorContext) -> Any:
+    rank = m.rank(0)
+    if rank is None:
+        raise m.unsupported("the rank of its input is unknown")
+    return m.tensor(0).mean(tuple(range(2, rank)), keepdim=True)
+
+
 OPERATORS = (
     *(Operator(name, spatial_axes, zero_stays) for name in ("MaxPool", "AveragePool", "LpPool", "GlobalLpPool")),
-    *(Operator(name, spatial_axes, same) for name in ("GlobalAveragePool", "GlobalMaxPool")),
+    Operator("GlobalAveragePool", spatial_axes, same, mirror=global_average_mirror),
+    Operator("GlobalMaxPool", spatial_axes, same),
     *(Operator(name, resize_axes, zero_stays, patch=patch_resize) for name in ("Resize", "Upsample")),
-    Operator("GridSample", sampled_axes, zero_stays),
+    Operator("GridSample", sampled_axes, zero_stays, keeps=frozenset({1})),
     Operator("RoiAlign", roi_axes, zero_stays),
     Operator("MaxRoiPool", roi_axes, zero_stays),
 )

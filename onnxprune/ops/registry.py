@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from onnxprune.ops.rules import AxisRule, DeadRule, MacsRule, MaskRule, PatchRule, ShapeRule
+    from onnxprune.ops.rules import AxisRule, DeadRule, MacsRule, MaskRule, MirrorRule, PatchRule, ShapeRule
 
 __all__ = ["Operator", "Registry"]
 
@@ -43,6 +43,8 @@ class Operator:
     indices: (input, input) pairs of indices and the tensor that they look up along `axis` (0 by default).
     rounds: it computes in, or rounds to, 8-bit integers.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
+    mirror: the operator in torch, recorded into the mirror's graph. None: a model with it can't be trained.
+    fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
     """
 
     name: str
@@ -65,6 +67,8 @@ class Operator:
     indices: tuple[tuple[int, int], ...] = ()
     rounds: bool = False
     quantised: tuple[tuple[int, int], ...] = ()
+    mirror: MirrorRule | None = None
+    fixed: frozenset[int] = frozenset()
 
 
 class Registry(Mapping[str, Operator]):

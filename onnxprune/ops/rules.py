@@ -25,6 +25,8 @@ __all__ = [
     "MacsRule",
     "MaskContext",
     "MaskRule",
+    "MirrorContext",
+    "MirrorRule",
     "NodeView",
     "PatchContext",
     "PatchRule",
@@ -324,12 +326,92 @@ class MaskContext(Protocol):
         """Multiply the output by a constant."""
 
 
+class MirrorContext(Protocol):
+    """One node while the mirror is built. What a rule does with the tensors it asks for is recorded, not run: they are
+    `torch.fx.Proxy`s, on which torch's functions, methods and arithmetic work as usual. Sizes are integers where they
+    are the same for every input, and proxies of integers where they are not."""
+
+    @property
+    def node(self) -> NodeView: ...
+
+    @property
+    def training(self) -> Any:
+        """Whether the module is training when it runs (a proxy)."""
+
+    @property
+    def device(self) -> Any:
+        """Where the module runs (a proxy), for functions that make tensors."""
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute's value."""
+
+    def has(self, i: int) -> bool:
+        """True where input i is present."""
+
+    def tensor(self, i: int) -> Any:
+        """Input i as a tensor. An 8-bit tensor may be carried as floats that hold whole numbers (see `carried`)."""
+
+    def optional(self, i: int) -> Any:
+        """As `tensor`; None where the input is absent."""
+
+    def operand(self, i: int) -> Any:
+        """As `tensor`, but a constant scalar is a Python number, so that it needs no tensor and no device."""
+
+    def constant(self, i: int) -> np.ndarray | None:
+        """The value of input i where it is no weight, and known to be the same for all inputs."""
+
+    def known(self, i: int, what: str) -> np.ndarray:
+        """As `constant`, but the node can't be mirrored where it is unknown; `what` names it: 'the axes'."""
+
+    def ints(self, i: int) -> Any:
+        """Input i, of rank 0 or 1 and small, as a list of sizes: integers or proxies of integers; a proxy of the whole
+        list where it is computed from data."""
+
+    def rank(self, i: int) -> int | None:
+        """Rank of input i, where it is known."""
+
+    def shape(self, i: int) -> tuple[int | None, ...] | None:
+        """Shape of input i under the sizes that the model was loaded with: for parameters, and for ranks."""
+
+    def output_rank(self, j: int = 0) -> int | None:
+        """Rank of output j, where it is known."""
+
+    def size(self, i: int, axis: int) -> Any:
+        """The size of an axis of input i when the module runs."""
+
+    def dtype(self, i: int) -> Any:
+        """torch dtype of input i as the model declares it; None where it is unknown."""
+
+    def output_dtype(self, j: int = 0) -> Any:
+        """torch dtype of output j as the model declares it; None where it is unknown."""
+
+    def torch_type(self, elem_type: int) -> Any:
+        """torch dtype of an ONNX element type."""
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Record the call of a function: one that makes tensors, or one of `ops.kernels`."""
+
+    def buffer(self, array: np.ndarray) -> Any:
+        """A constant tensor that moves with the module."""
+
+    def body(self, name: str) -> tuple[Any, list[Any]]:
+        """The body in graph attribute `name` as a module of its own, and the outer tensors that it wants as its last
+        arguments."""
+
+    def module(self, module: Any, *args: Any) -> Any:
+        """Record the call of a module, which becomes a part of the mirror."""
+
+    def unsupported(self, reason: str) -> Exception:
+        """To be raised: this form of the operator can't be mirrored."""
+
+
 Term: TypeAlias = tuple[float, tuple[Expr, ...]]
 AxisRule: TypeAlias = Callable[[AxisContext], None]
 DeadRule: TypeAlias = Callable[[NodeView, Sequence["float | None"]], "float | None"]
 PatchRule: TypeAlias = Callable[[PatchContext], None]
 MacsRule: TypeAlias = Callable[[NodeView, Sequence["tuple[Expr, ...]"], Sequence["tuple[Expr, ...]"]], list[Term]]
 MaskRule: TypeAlias = Callable[[MaskContext], None]
+MirrorRule: TypeAlias = Callable[[MirrorContext], Any]
 ShapeRule: TypeAlias = Callable[
     [NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
     Sequence["tuple[int, tuple[int | None, ...]] | None"],

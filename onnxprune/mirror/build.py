@@ -1,0 +1,324 @@
+"""From a graph to a `torch.fx.GraphModule` that computes the same function.
+
+Node by node, in the graph's order:
+1. What is known without running the model and comes from no weight is a constant, and needs no node.
+2. What is computed from sizes becomes arithmetic on integers (`mirror.sizes`).
+3. Everything else is recorded by its operator's mirror rule. Operators without one are collected and named together.
+Weights are parameters under their initializer's name; other stored tensors are buffers, where something reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from torch import nn
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from onnxprune.errors import NotMirrored
+from onnxprune.mirror.context import Context, Unsupported
+from onnxprune.mirror.sizes import computed
+from onnxprune.mirror.targets import Targets, identifier
+from onnxprune.mirror.weights import weights
+from onnxprune.model.graph import Graph, Model, Node
+from onnxprune.model.infer import infer
+from onnxprune.ops.kernels import sizes as size_kernels
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import MALFORMED
+
+__all__ = ["TORCH_TYPES", "Builder"]
+
+TORCH_TYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.INT8: torch.int8,
+    TensorProto.INT16: torch.int16,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.UINT16: torch.uint16,
+    TensorProto.UINT32: torch.uint32,
+    TensorProto.UINT64: torch.uint64,
+    TensorProto.BOOL: torch.bool,
+    TensorProto.COMPLEX64: torch.complex64,
+    TensorProto.COMPLEX128: torch.complex128,
+}
+_HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
+
+
+class Builder:
+    """One pass over the nodes of a graph, or of a control-flow body."""
+
+    def __init__(self, graph: Graph, registry: Mapping[str, Operator], *, half: torch.dtype | None = None) -> None:
+        """half: what to compute in where the model says float16 or bfloat16; None: what it says."""
+        self.graph = graph
+        self.registry = registry
+        self.half = half
+        self.root = nn.Module()
+        self.targets = Targets(self.root)
+        self.fx = FxGraph()
+        self.tracer = GraphAppendingTracer(self.fx)
+        self.values: dict[str, Any] = {}  # a Proxy, or an array of objects for what is computed from sizes
+        self.fetched: dict[str, Proxy] = {}
+        self.learnable = weights(graph, registry)
+        self.learned = set(self.learnable)  # and what is computed from weights
+        self.carried: set[str] = set()  # 8-bit tensors that are carried as floats
+        self.parameters: dict[str, tuple[str, ...]] = {}  # target -> path of nodes and the stored tensor's name
+        self.problems: list[tuple[Node, str]] = []
+        self.at: Node | None = None
+
+    # --- the pass
+
+    def build(self) -> GraphModule:
+        """Raises NotMirrored, naming every node that has no form in torch."""
+        for name in self.graph.inputs:
+            self.values[name] = self.made(self.fx.placeholder(identifier(name)))
+        for node in self.graph.nodes:
+            self.at = node
+            self.visit(node)
+        self.at = None
+        if self.problems:
+            raise self.refusal()
+        outputs = [self.result(name).node for name in self.graph.outputs]
+        self.fx.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
+        self.fx.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        module = GraphModule(self.root, self.fx, "Mirror")
+        used = {n.target for n in self.fx.nodes if n.op == "get_attr"}
+        module.meta["inputs"] = self.graph.inputs
+        module.meta["outputs"] = self.graph.outputs
+        module.meta["parameters"] = {t: path for t, path in self.parameters.items() if t in used or len(path) > 1}
+        return module
+
+    def visit(self, node: Node) -> None:
+        operator = self.registry.get(node.op)
+        outputs = [n for n in node.outputs if n]
+        if all(n in self.graph.parameters for n in outputs):
+            return
+        if not (operator is not None and operator.from_shape) and any(
+            n in self.learned for n in (*node.inputs, *node.captured)
+        ):
+            self.learned.update(outputs)
+        if all(self.constant(n) is not None for n in outputs):
+            return
+        if operator is not None and self.from_sizes(node, operator, outputs):
+            return
+        if operator is None or operator.mirror is None:
+            self.give_up(node, "")
+            return
+        try:
+            found = operator.mirror(Context(self, node))
+        except Unsupported as reason:
+            self.give_up(node, str(reason))
+            return
+        except MALFORMED as error:
+            self.give_up(node, f"{type(error).__name__}: {error}")
+            return
+        self.bind(node, found)
+
+    def bind(self, node: Node, found: Any) -> None:
+        results = found if isinstance(found, (tuple, list)) else (found,)
+        for name, result in zip(node.outputs, results, strict=False):
+            if name and result is not None:
+                self.values[name] = result
+                if isinstance(result, Proxy):
+                    result.node.meta.setdefault("onnx", node.label)
+
+    def give_up(self, node: Node, reason: str) -> None:
+        self.problems.append((node, reason))
+        for name in node.outputs:
+            if name:  # so that the nodes behind it are looked at as well
+                self.values[name] = self.call(_missing, name)
+
+    def refusal(self) -> NotMirrored:
+        shown = "; ".join(f"{n.op} '{n.label}'" + (f" ({why})" if why else "") for n, why in self.problems[:5])
+        more = f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
+        return NotMirrored(
+            f"{len(self.problems)} nodes can't be trained in torch: {shown}{more}",
+            "one-shot compression works without training: leave --data away; or register the operator's mirror rule",
+        )
+
+    def from_sizes(self, node: Node, operator: Operator, outputs: Sequence[str]) -> bool:
+        """Shape arithmetic; True where the outputs are arrays of sizes now."""
+        if not outputs or not all(n in self.graph.values for n in outputs) or any(n in self.learned for n in outputs):
+            return False
+        if operator.from_shape is not None:
+            tensor = self.values.get(node.inputs[0])
+            shape = self.graph.shapes.get(node.inputs[0])
+            if not isinstance(tensor, Proxy) or shape is None:
+                return False
+            sizes = [tensor.size(k) for k in range(len(shape))] if self.graph.varying else list(shape)
+            return self.read_shape(node, operator, sizes)
+        inputs = [self.elements(n) if n else None for n in node.inputs]
+        if any(n and v is None for n, v in zip(node.inputs, inputs, strict=True)):
+            return False
+        found = computed(node, operator, self.graph, inputs)
+        if found is None:
+            return False
+        self.values.update(zip(outputs, found, strict=True))
+        return True
+
+    def read_shape(self, node: Node, operator: Operator, sizes: list[Any]) -> bool:
+        name = node.outputs[0]
+        known, varying = self.graph.values[name], self.graph.varying.get(name)
+        boxed = np.empty(len(sizes), object)
+        boxed[:] = sizes
+        assert operator.from_shape is not None
+        order = operator.from_shape(node, tuple(range(len(sizes))))  # which sizes it gives: Shape can take a part
+        if known.ndim != 1 or varying is None:
+            return False
+        result = np.empty(known.shape, object)
+        for k in range(known.size):
+            result[k] = boxed[int(order[k])] if varying[k] else int(known[k])
+        self.values[name] = result
+        return True
+
+    # --- what rules ask for
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of a tensor that is no weight, comes from none, and is the same for all inputs."""
+        if name in self.learned or name in self.graph.varying or name in self.values:
+            return None
+        return self.graph.values.get(name)
+
+    def elements(self, name: str) -> np.ndarray | None:
+        """A tensor's elements as integers or proxies of integers, where they are known."""
+        value = self.values.get(name)
+        if isinstance(value, np.ndarray):
+            return value
+        found = self.constant(name)
+        return found if found is not None and found.dtype.kind in "iub" else None
+
+    def tensor(self, name: str) -> Proxy:
+        value = self.values.get(name)
+        if isinstance(value, Proxy):
+            return value
+        if name not in self.fetched:
+            if isinstance(value, np.ndarray):
+                dtype = self.dtype(name) or torch.int64
+                self.fetched[name] = self.call(
+                    size_kernels.to_tensor, list(value.reshape(-1)), list(value.shape), dtype, self.device()
+                )
+            elif name in self.graph.parameters:
+                self.fetched[name] = self.stored(name)
+            elif name in self.graph.values:
+                self.fetched[name] = self.buffer(self.graph.values[name])
+            else:
+                raise Unsupported(f"nothing computes its input '{name}'")
+        return self.fetched[name]
+
+    def stored(self, name: str) -> Proxy:
+        """A parameter or a buffer with the values of a stored tensor."""
+        tensor = self.torch_tensor(self.graph.array(name), self.graph.parameters[name].elem_type)
+        target = self.targets.choose(name)
+        owner, leaf = self.targets.owner(target)
+        if name in self.learnable:
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        else:
+            owner.register_buffer(leaf, tensor)
+        self.parameters[target] = (name,)
+        return self.attribute(target)
+
+    def buffer(self, array: np.ndarray) -> Proxy:
+        target = self.targets.choose("constant")
+        owner, leaf = self.targets.owner(target)
+        owner.register_buffer(leaf, self.torch_tensor(array, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)), False)
+        return self.attribute(target)
+
+    def torch_tensor(self, array: np.ndarray, elem_type: int) -> torch.Tensor:
+        dtype = self.torch_type(elem_type)
+        if dtype is None:
+            raise Unsupported(f"torch has no {TensorProto.DataType.Name(elem_type)}")
+        if elem_type in _HALVES:
+            return torch.from_numpy(array.astype(np.float32)).to(dtype)
+        return torch.from_numpy(np.array(array, order="C")).to(dtype)
+
+    def torch_type(self, elem_type: int) -> torch.dtype | None:
+        if elem_type in _HALVES and self.half is not None:
+            return self.half
+        return TORCH_TYPES.get(elem_type)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self.torch_type(self.graph.types.get(name, 0))
+
+    def attribute(self, target: str) -> Proxy:
+        return self.made(self.fx.create_node("get_attr", target, name=identifier(target)))
+
+    def training(self) -> Proxy:
+        if "training" not in self.fetched:
+            self.fetched["training"] = self.made(self.fx.create_node("get_attr", "training"))
+        return self.fetched["training"]
+
+    def device(self) -> Any:
+        """Where the first input lies, or else a weight."""
+        if "device" not in self.fetched:
+            source = next((v for n in self.graph.inputs if isinstance(v := self.values.get(n), Proxy)), None)
+            if source is None:
+                source = self.buffer(np.zeros((), np.float32))
+            self.fetched["device"] = self.call(getattr, source, "device")
+        return self.fetched["device"]
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
+
+    def made(self, node: torch.fx.Node) -> Proxy:
+        return Proxy(node, self.tracer)
+
+    # --- control flow
+
+    def module(self, name: str, module: nn.Module, *args: Any) -> Proxy:
+        target = self.targets.choose(identifier(name))
+        self.root.add_module(target, module)
+        for inner, path in getattr(module, "stored", {}).items():
+            self.parameters[f"{target}.{inner}"] = (name, *path)
+        return self.tracer.create_proxy("call_module", target, args, {})
+
+    def body(self, node: Node, attribute: str) -> tuple[GraphModule, list[Proxy]]:
+        """A body as a mirror of its own. Outer constants that it reads become its constants, other outer tensors
+        further inputs."""
+        outer = onnx.GraphProto()
+        outer.CopyFrom(node.attributes[attribute])
+        wanted = []
+        for name in node.captured:
+            value = self.constant(name)
+            if value is not None and value.dtype.kind in "iufb":
+                outer.initializer.append(onnx.numpy_helper.from_array(value, name))
+            elif self.reads(node.attributes[attribute], name):
+                info = outer.input.add(name=name)
+                info.type.tensor_type.elem_type = self.graph.types.get(name, 0)
+                for size in self.graph.shapes.get(name, ()):
+                    dim = info.type.tensor_type.shape.dim.add()
+                    if size is not None and not self.graph.pins:
+                        dim.dim_value = size
+                wanted.append(name)
+        proto = onnx.ModelProto(ir_version=self.graph.model.proto.ir_version, graph=outer)
+        proto.opset_import.extend(self.graph.model.proto.opset_import)
+        inner = infer(Model(proto, self.graph.model.payloads), self.registry)
+        builder = Builder(inner, self.registry, half=self.half)
+        module = builder.build()
+        return module, [self.tensor(n) for n in wanted]
+
+    @staticmethod
+    def reads(body: onnx.GraphProto, name: str) -> bool:
+        from onnxprune.model.graph import names_used
+
+        return name in names_used(body)
+
+    # --- the end
+
+    def result(self, name: str) -> Proxy:
+        """An output, in its declared type."""
+        tensor = self.tensor(name)
+        dtype = self.dtype(name)
+        return tensor.to(dtype) if name in self.carried and dtype is not None else tensor
+
+
+def _missing(name: str) -> Any:
+    raise RuntimeError(f"'{name}' has no form in torch")

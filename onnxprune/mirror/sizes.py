@@ -1,0 +1,71 @@
+"""Shape arithmetic without tensors: what an exporter computes from sizes becomes arithmetic on Python integers.
+
+A known value of which some elements depend on the sizes of the inputs is an array of objects: integers, and proxies
+of integers for the elements that vary. The operators' own numpy functions compute with such arrays; what they can't
+compute that way is left to tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch.fx import Proxy
+
+from onnxprune.model.graph import Graph, Node
+from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import MALFORMED
+
+__all__ = ["computed", "merged"]
+
+
+def merged(known: np.ndarray, varying: np.ndarray, elements: Any) -> np.ndarray | None:
+    """The known numbers where they don't vary, and the computed elements where they do."""
+    elements = np.asarray(elements)
+    if elements.shape != known.shape or elements.dtype != object:
+        return None
+    result = np.empty(known.shape, object)
+    for k in np.ndindex(known.shape):
+        result[k] = elements[k] if varying[k] else known[k].item()
+        if not isinstance(result[k], (int, Proxy)):
+            return None
+    return result
+
+
+def computed(node: Node, operator: Operator, graph: Graph, inputs: list[Any]) -> list[np.ndarray] | None:
+    """The outputs of a node as arrays of sizes, from inputs that are arrays (of numbers or of objects) or None.
+
+    None where that can't be: the elements are no integers, one is negative (ONNX divides towards zero, Python does
+    not), or the operator has no numpy function for objects.
+    """
+    names = [n for n in node.outputs if n]
+    if (
+        operator.evaluate is None
+        or not all(whole(graph, n) for n in names)
+        or not all(whole(graph, n) for n in node.inputs)
+    ):
+        return None
+    try:
+        found = operator.evaluate(node, *inputs)
+    except MALFORMED:
+        return None
+    found = found if isinstance(found, tuple) else (found,)
+    results = []
+    for name, elements in zip(names, found, strict=False):
+        known = graph.values[name]
+        result = merged(known, graph.varying.get(name, np.zeros(known.shape, bool)), elements)
+        if result is None:
+            return None
+        results.append(result)
+    return results if len(results) == len(names) else None
+
+
+def whole(graph: Graph, name: str) -> bool:
+    """Integers of which those that vary are not negative."""
+    if not name:
+        return True
+    known = graph.values.get(name)
+    if known is None or known.dtype.kind != "i":
+        return False
+    varying = graph.varying.get(name)
+    return varying is None or not np.any(known[varying] < 0)

@@ -1,0 +1,50 @@
+"""Which stored tensors of a graph are weights that training may change, and which are constants.
+
+A weight is a float tensor in a place where its operator learns: not a statistic, a bound or a scale of a resize
+(`Operator.fixed`), not a single number that meets others elementwise (an epsilon, a scale), not a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from onnx import TensorProto
+
+from onnxprune.model.graph import Graph, Parameter
+from onnxprune.ops.registry import Operator
+
+__all__ = ["FLOATS", "weights"]
+
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
+MASK_LIMIT = 1e4  # what stands for minus infinity in an attention mask is far beyond any weight
+
+
+def weights(graph: Graph, registry: Mapping[str, Operator]) -> set[str]:
+    """Names of the parameters that are learnable."""
+    return {
+        name
+        for name, parameter in graph.parameters.items()
+        if parameter.elem_type in FLOATS
+        and any(learns(registry.get(n.op), i, parameter) for n, i in graph.consumers.get(name, ()))
+        and not is_mask(graph, parameter)
+    }
+
+
+def learns(operator: Operator | None, i: int, parameter: Parameter) -> bool:
+    if operator is None or i in operator.fixed:
+        return False
+    return not operator.broadcasts or parameter.size > 1
+
+
+def is_mask(graph: Graph, parameter: Parameter) -> bool:
+    """Of rank 2 and more, it holds no more than two different numbers, or one that is no weight's."""
+    if len(parameter.shape) < 2:
+        return False
+    array = graph.array(parameter.name).astype(np.float64).reshape(-1)
+    sample = array[:65536]
+    if not np.isfinite(sample).all() or np.abs(sample).max(initial=0) > MASK_LIMIT:
+        return True
+    first = sample[0]
+    others = sample[sample != first]
+    return others.size > 0 and bool((others == others[0]).all())
