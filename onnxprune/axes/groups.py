@@ -73,7 +73,7 @@ class Coverage:
     """How many parameters are in a group; `exact` leaves out inexact groups.
 
     What an exporter stored but nobody learnt is no parameter: integers, and tables of positions (attention masks,
-    anchor boxes: constants of rank 3 or more, without a channel, that meet elementwise operators only).
+    anchor boxes, sampling grids: constants of rank 3 or more, without a channel, that no product takes in).
     """
 
     params_total: int
@@ -143,9 +143,22 @@ def _blame(axes: Sequence[Expr]) -> Barrier | None:
 
 
 def _only_broadcast(walk: Walk, name: str) -> bool:
-    """True where a constant meets nothing but elementwise operators."""
-    readers = [walk.registry.get(node.op) for node, _ in walk.graph.consumers.get(name, ())]
-    return bool(readers) and all(o is not None and o.broadcasts for o in readers)
+    """True where a constant, or what is made of it and other constants without a contraction, meets data only in
+    elementwise operators, or as a position in those that say so."""
+    graph = walk.graph
+    found, pending = False, [name]
+    seen = set(pending)
+    while pending:
+        for node, i in graph.consumers.get(pending.pop(), ()):
+            operator = walk.registry.get(node.op)
+            if operator is not None and graph.static.issuperset(node.outputs) and node.index not in walk.contractions:
+                pending += [n for n in node.outputs if n not in seen]
+                seen.update(node.outputs)
+            elif operator is not None and (operator.broadcasts or i in operator.keeps):
+                found = True
+            else:
+                return False
+    return found
 
 
 def find_coverage(walk: Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
