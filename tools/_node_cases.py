@@ -30,10 +30,22 @@ __all__ = ["FAILED", "NOT_MIRRORED", "PASSED", "Case", "Outcome", "cases", "run"
 
 PASSED, FAILED, NOT_MIRRORED = "passed", "failed", "not mirrored"
 
-TYPES = frozenset(
-    getattr(TensorProto, name)
-    for name in "FLOAT DOUBLE FLOAT16 BFLOAT16 INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64 BOOL".split()
+_NUMBERS = (
+    "FLOAT",
+    "DOUBLE",
+    "FLOAT16",
+    "BFLOAT16",
+    "INT8",
+    "INT16",
+    "INT32",
+    "INT64",
+    "UINT8",
+    "UINT16",
+    "UINT32",
+    "UINT64",
+    "BOOL",
 )
+TYPES = frozenset(TensorProto.DataType.Value(name) for name in _NUMBERS)
 RANDOM = re.compile(r"test_(bernoulli|training_dropout(?!_zero_ratio))")  # one draw: types and shapes are compared
 
 
