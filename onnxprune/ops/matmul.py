@@ -239,10 +239,14 @@ def nbits_shape(node, inputs):
     return [(elem, (*x[:-1], int(node.attributes["N"])))]
 
 
+def matmul_mirror(m: MirrorContext) -> Any:
+    return m.tensor(0) @ m.tensor(1)
+
+
 def gemm_mirror(m: MirrorContext) -> Any:
     """alpha * A * B + beta * C; as `linear` where it is one, so that torch sees what the exporter saw."""
     a, b, c = m.tensor(0), m.tensor(1), m.optional(2)
-    alpha, beta = float(m.attr("alpha", 1.0)), float(m.attr("beta", 1.0))
+    alpha, beta = scalar(m, "alpha"), scalar(m, "beta")
     a = a.t() if m.attr("transA", 0) else a
     plain = alpha == 1 and (c is None or (beta == 1 and m.rank(2) == 1))
     if plain:
@@ -250,7 +254,62 @@ def gemm_mirror(m: MirrorContext) -> Any:
     b = b.t() if m.attr("transB", 0) else b
     if c is None:
         return alpha * (a @ b)
-    return torch.addmm(c, a, b, alpha=alpha, beta=beta)
+    return torch.addmm(c, a, b, beta=beta, alpha=alpha)
+
+
+def scalar(m: MirrorContext, name: str) -> float | int:
+    """A factor of Gemm, which torch wants as an integer where it is one."""
+    value = float(m.attr(name, 1.0))
+    return int(value) if value.is_integer() else value
+
+
+def fused_matmul_mirror(m: MirrorContext) -> Any:
+    """alpha * A * B. transBatch moves the first axis behind the batch axes; trans swaps the last two before that."""
+    x, y = (turned(m, i, letter) for i, letter in enumerate("AB"))
+    alpha = float(m.attr("alpha", 1.0))
+    return x @ y if alpha == 1 else alpha * (x @ y)
+
+
+def turned(m: MirrorContext, i: int, letter: str) -> Any:
+    x, rank = m.tensor(i), m.rank(i)
+    if m.attr(f"transBatch{letter}", 0) and rank != 2:
+        x = x.movedim(0, -2)
+    return x.mT if m.attr(f"trans{letter}", 0) and rank != 1 else x
+
+
+def einsum_mirror(m: MirrorContext) -> Any:
+    return torch.einsum(m.attr("equation").replace(" ", ""), *(m.tensor(i) for i in range(len(m.node.inputs))))
+
+
+def nbits_mirror(m: MirrorContext) -> Any:
+    """The weight is unpacked once, and stays as it is."""
+    given = [m.known(i, f"input {i} of the packed weight") if m.has(i) else None for i in range(1, 5)]
+    weight = unpacked(m.node, *given)
+    return F.linear(m.tensor(0), m.buffer(weight.astype(given[1].dtype)).to(m.tensor(0).dtype), m.optional(5))
+
+
+def unpacked(node: NodeView, packed: Any, scales: Any, zero_points: Any, groups: Any) -> np.ndarray:
+    """The N x K weight of a MatMulNBits: (q - zero point) * scale per block of K; the low bits come first."""
+    n, k, block = (int(node.attributes[a]) for a in ("N", "K", "block_size"))
+    bits = int(node.attributes.get("bits", 4))
+    blocks = -(-k // block)
+    numbers = low_bits_first(packed.reshape(n, -1), bits)[:, : blocks * block].astype(np.float32)
+    scale = scales.reshape(n, blocks).astype(np.float32)
+    if zero_points is None:
+        zero: Any = np.full((n, blocks), 2.0 ** (bits - 1), np.float32)
+    elif zero_points.dtype == np.uint8:
+        zero = low_bits_first(zero_points.reshape(n, -1), bits)[:, :blocks].astype(np.float32)
+    else:
+        zero = zero_points.reshape(n, blocks).astype(np.float32)
+    of = np.repeat(np.arange(blocks), block)[: numbers.shape[1]]
+    if groups is not None:
+        of = np.pad(groups.reshape(-1), (0, len(of) - groups.size))
+    return ((numbers - zero[:, of]) * scale[:, of])[:, :k]
+
+
+def low_bits_first(packed: np.ndarray, bits: int) -> np.ndarray:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).reshape(len(packed), -1)
 
 
 OPERATORS = (
@@ -261,6 +320,7 @@ OPERATORS = (
         _matmul_macs(0, 1),
         evaluate=lambda n, a, b: np.matmul(a, b),
         bias=2,
+        mirror=matmul_mirror,
     ),
     Operator("Gemm", gemm_axes, product_dead(0, 1, 2), _matmul_macs(0, 1), bias=2, mirror=gemm_mirror),
     Operator(
@@ -281,9 +341,14 @@ OPERATORS = (
         keeps=frozenset({1, 2, 4, 5, 6, 7}),
         quantised=((3, 5),),
     ),
-    Operator("Einsum", einsum_axes, einsum_dead, einsum_macs),
+    Operator("Einsum", einsum_axes, einsum_dead, einsum_macs, mirror=einsum_mirror),
     Operator(
-        "com.microsoft::FusedMatMul", fused_matmul_axes, product_dead(0, 1), _matmul_macs(0, 1), shape=_broadcast_matmul
+        "com.microsoft::FusedMatMul",
+        fused_matmul_axes,
+        product_dead(0, 1),
+        _matmul_macs(0, 1),
+        shape=_broadcast_matmul,
+        mirror=fused_matmul_mirror,
     ),
     Operator(
         "com.microsoft::MatMulIntegerToFloat",
@@ -324,5 +389,7 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({1, 3}),
         shape=nbits_shape,
+        mirror=nbits_mirror,
+        fixed=frozenset({2, 3}),
     ),
 )

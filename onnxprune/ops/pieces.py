@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 
 from onnxprune.axes.expr import Expr, is_frozen
+from onnxprune.ops import lookup
 from onnxprune.ops.layout import carried
+from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
 
+_run = kernels("pieces")
+
+FARTHEST = 2**31 - 1  # a bound of a Slice from here on stands for the end of the axis
 LONGEST_GATHER = 512  # runs of indices that an axis is cut into at most; more are positions, not channels
 
 
@@ -234,26 +239,40 @@ def gathered(c: AxisContext, expr: Expr, index: Sequence[Expr]) -> Sequence[Expr
     value = c.value(1)
     if c.shape_only and not index and value is not None:
         return ()
-    if value is None or is_frozen(expr) or expr.size < 0 or len(index) > 1 or value.size == 0:
+    if value is None or is_frozen(expr) or expr.size < 0 or value.size == 0:
         c.freeze("it is looked up by index", expr)
         return index
-    flat = [int(v) % expr.size for v in np.asarray(value).reshape(-1)]
-    runs: list[list[int]] = []
-    for v in flat:
-        if runs and v == runs[-1][1]:
-            runs[-1][1] = v + 1
-        else:
-            runs.append([v, v + 1])
-    if len(runs) > LONGEST_GATHER:
-        c.freeze("it is looked up by index", expr)
+    flat = np.asarray(value).reshape(-1).astype(np.int64) % expr.size
+    runs = runs_of(flat)
+    if len(index) > 1 or len(runs) > LONGEST_GATHER:
+        looked_up(c, expr, runs_of(np.unique(flat)))
         return index
-    bounds = sorted({0, expr.size, *(b for run in runs for b in run)})
-    pieces = dict(zip(bounds, c.cut(expr, np.diff(bounds).tolist()), strict=False))
-    picked = [c.sum(*(pieces[b] for b in bounds if low <= b < high)) for low, high in runs]
+    picked = picked_pieces(c, expr, runs)
     if not index:
         c.freeze("one index is picked out of it", picked[0])
         return ()
     return (c.sum(*picked),)
+
+
+def runs_of(indices: np.ndarray) -> list[tuple[int, int]]:
+    """Stretches of consecutive indices as (first, past the last)."""
+    starts = np.flatnonzero(np.diff(indices, prepend=indices[0] - 2) != 1)
+    ends = np.append(starts[1:], len(indices)) - 1
+    return [(int(indices[a]), int(indices[b]) + 1) for a, b in zip(starts, ends, strict=True)]
+
+
+def picked_pieces(c: AxisContext, expr: Expr, runs: Sequence[tuple[int, int]]) -> list[Expr]:
+    """The parts of an axis that are at these positions; it is cut where one of them starts or ends."""
+    bounds = sorted({0, expr.size, *(b for run in runs for b in run)})
+    pieces = dict(zip(bounds, c.cut(expr, np.diff(bounds).tolist()), strict=False))
+    return [c.sum(*(pieces[b] for b in bounds if low <= b < high)) for low, high in runs]
+
+
+def looked_up(c: AxisContext, expr: Expr, read: Sequence[tuple[int, int]]) -> None:
+    """A table of which these rows are read, in whatever order; nothing becomes of the others (positions beyond a
+    fixed length)."""
+    rows = picked_pieces(c, expr, read) if len(read) <= LONGEST_GATHER else [expr]
+    c.freeze("it is looked up by index", *rows)
 
 
 def patch_gather(p: PatchContext) -> None:
@@ -265,7 +284,13 @@ def patch_gather(p: PatchContext) -> None:
     place = np.full(n, -1, np.int64)
     place[kept] = np.arange(len(kept))
     moved = place[np.asarray(value).astype(np.int64) % n]
-    p.want(1, (moved[moved >= 0] if moved.ndim else np.maximum(moved, 0)).astype(value.dtype))
+    if moved.ndim > 1:
+        for k in range(moved.ndim):
+            along = p.kept(1, k)
+            moved = moved if along is None else np.take(moved, along, k)
+    else:
+        moved = moved[moved >= 0] if moved.ndim else np.maximum(moved, 0)
+    p.want(1, moved.astype(value.dtype))
 
 
 def gather_elements_axes(c: AxisContext) -> None:
@@ -414,25 +439,145 @@ def _trilu(n: NodeView, x: Any, k: Any = 0) -> Any:
     return np.triu(x, k) if n.attributes.get("upper", 1) else np.tril(x, k)
 
 
+def concat_mirror(m: MirrorContext) -> Any:
+    return torch.cat([m.tensor(i) for i in range(len(m.node.inputs))], int(m.attr("axis", 0)))
+
+
+def split_mirror(m: MirrorContext) -> Any:
+    """Without sizes, parts of one size; since opset 18 the last ones may be shorter."""
+    x, axis, count = m.tensor(0), int(m.attr("axis", 0)), len(m.node.outputs)
+    if m.node.opset < 13:
+        sizes = m.attr("split")
+    else:
+        sizes = m.ints(1) if m.has(1) else None
+    if sizes is not None:
+        found = x.split(list(sizes) if isinstance(sizes, list) else sizes, axis)
+    elif m.node.opset < 18:
+        found = x.chunk(count, axis)
+    else:
+        found = m.call(_run.even_parts, x, count, axis)
+    return [found[j] for j in range(count)]
+
+
+def slice_mirror(m: MirrorContext) -> Any:
+    x, rank = m.tensor(0), m.rank(0)
+    if m.node.opset < 10:
+        starts, ends, axes, steps = m.attr("starts"), m.attr("ends"), m.attr("axes"), None
+    else:
+        starts, ends, axes, steps = (m.ints(i) if m.has(i) else None for i in range(1, 5))
+    axes = list(range(len(starts))) if axes is None and isinstance(starts, list) else axes
+    steps = [1] * len(starts) if steps is None and isinstance(starts, list) else steps
+    lists = all(isinstance(b, list) for b in (starts, ends, axes, steps))
+    if not lists or not all(isinstance(n, int) for n in (*axes, *steps)) or (rank is None and min(axes) < 0):
+        return m.call(_run.slices, x, starts, ends, axes, steps)
+    index = [slice(None)] * (rank or max(axes) + 1)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step < 0:
+            whole = step == start == -1 and isinstance(end, int) and end <= -FARTHEST
+            x = x.flip(axis) if whole else m.call(_run.slice_backwards, x, axis, start, end, step)
+        else:
+            index[axis] = slice(bound(start, 0), bound(end, FARTHEST), None if step == 1 else step)
+    while index and index[-1] == slice(None):
+        index.pop()
+    return x[tuple(index)] if index else x
+
+
+def bound(value: Any, default: int) -> Any:
+    """A bound of a slice; None where it is the end of the axis."""
+    if not isinstance(value, int):
+        return value
+    beyond = value >= default if default else value == 0 or value <= -FARTHEST
+    return None if beyond else value
+
+
+def pad_mirror(m: MirrorContext) -> Any:
+    x, mode = m.tensor(0), m.attr("mode", "constant")
+    pads = m.attr("pads") if m.node.opset < 11 else m.ints(1)
+    axes = m.ints(3) if m.has(3) else None
+    value = pad_value(m)
+    if axes is None and isinstance(pads, list):
+        axes = list(range(len(pads) // 2))
+    rank = m.rank(0) or (len(pads) // 2 if isinstance(pads, list) and not m.has(3) else 0)
+    if not (isinstance(pads, list) and isinstance(axes, list) and rank and all(isinstance(a, int) for a in axes)):
+        return m.call(_run.pad, x, pads, axes, mode, value)
+    amounts: list[tuple[Any, Any]] = [(0, 0)] * rank
+    for k, axis in enumerate(axes):
+        amounts[axis] = (pads[k], pads[len(axes) + k])
+    sides = [n for pair in reversed(amounts) for n in pair]
+    if mode == "constant":
+        while sides[-2:] in ([0, 0], [0.0, 0.0]):
+            del sides[-2:]
+        if not sides:
+            return x
+        return (
+            F.pad(x, sides, value=value) if isinstance(value, (int, float)) else m.call(_run.pad_with, x, sides, value)
+        )
+    if fits_torch(m, amounts, mode):
+        return F.pad(x, sides[: 2 * (rank - 2)], {"edge": "replicate"}.get(mode, mode))
+    return m.call(_run.pad, x, pads, axes, mode)
+
+
+def pad_value(m: MirrorContext) -> Any:
+    """What a constant pad is filled with: a number, or a tensor where it is computed."""
+    if m.node.opset < 11:
+        return float(m.attr("value", 0.0))
+    known = m.constant(2)
+    if known is not None:
+        return known.reshape(()).item()
+    return m.tensor(2) if m.has(2) else 0
+
+
+def fits_torch(m: MirrorContext, amounts: Sequence[tuple[Any, Any]], mode: str) -> bool:
+    """torch reflects and repeats the axes behind the second one of images, by less than their size."""
+    shape, dtype = m.shape(0), m.dtype(0)
+    if shape is None or len(shape) not in (3, 4, 5) or mode == "wrap" or dtype is None or not dtype.is_floating_point:
+        return False
+    inner = all(pair == (0, 0) for pair in amounts[:2])
+    return inner and all(
+        isinstance(a, int) and a >= 0 and (mode == "edge" or (n is not None and a < n))
+        for n, pair in zip(shape[2:], amounts[2:], strict=True)
+        for a in pair
+    )
+
+
 OPERATORS = (
-    Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True),
-    Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split),
-    Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice),
-    Operator("Pad", pad_axes, pad_dead, patch=patch_pad, evaluate=_pad, joins=True),
-    Operator("Gather", gather_axes, carried, patch=patch_gather, evaluate=_gather, indices=((1, 0),)),
+    Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True, mirror=concat_mirror),
+    Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split, mirror=split_mirror),
+    Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice, mirror=slice_mirror),
+    Operator(
+        "Pad", pad_axes, pad_dead, patch=patch_pad, evaluate=_pad, joins=True, mirror=pad_mirror, fixed=frozenset({2})
+    ),
+    Operator(
+        "Gather",
+        gather_axes,
+        carried,
+        patch=patch_gather,
+        evaluate=_gather,
+        indices=((1, 0),),
+        mirror=lookup.gather_mirror,
+    ),
     Operator(
         "GatherElements",
         gather_elements_axes,
         zero_carried,
         indices=((1, 0),),
         evaluate=lambda n, x, i: np.take_along_axis(x, np.asarray(i), int(n.attributes.get("axis", 0))),
+        mirror=lookup.gather_elements_mirror,
     ),
-    Operator("GatherND", gather_nd_axes, carried, evaluate=_gather_nd, indices=((1, 0),)),
-    Operator("ScatterND", scatter_nd_axes, scattered_dead, evaluate=_scatter_nd),
-    Operator("ScatterElements", scatter_elements_axes, scattered_dead),
-    Operator("Scatter", scatter_elements_axes, scattered_dead),
-    Operator("CumSum", along("CumSum", "a CumSum runs over it").axes, zero_carried, evaluate=_cumsum),
-    Operator("TopK", top_k_axes, zero_carried, discrete=True),
-    Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu),
-    Operator("ReverseSequence", reverse_sequence_axes, carried),
+    Operator(
+        "GatherND", gather_nd_axes, carried, evaluate=_gather_nd, indices=((1, 0),), mirror=lookup.gather_nd_mirror
+    ),
+    Operator("ScatterND", scatter_nd_axes, scattered_dead, evaluate=_scatter_nd, mirror=lookup.scatter_nd_mirror),
+    Operator("ScatterElements", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror),
+    Operator("Scatter", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror),
+    Operator(
+        "CumSum",
+        along("CumSum", "a CumSum runs over it").axes,
+        zero_carried,
+        evaluate=_cumsum,
+        mirror=lookup.cumulative_mirror("cumsum"),
+    ),
+    Operator("TopK", top_k_axes, zero_carried, discrete=True, mirror=lookup.top_k_mirror),
+    Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu, mirror=lookup.trilu_mirror),
+    Operator("ReverseSequence", reverse_sequence_axes, carried, mirror=lookup.reverse_sequence_mirror),
 )
