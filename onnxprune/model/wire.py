@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-__all__ = ["INLINE_LIMIT", "Malformed", "Payloads", "field", "skeleton", "varint"]
+__all__ = ["INLINE_LIMIT", "Malformed", "Payloads", "field", "fields", "skeleton", "varint"]
 
 INLINE_LIMIT = 1024  # bytes; smaller tensors stay in the skeleton, where shape arithmetic needs them
 
@@ -50,7 +50,7 @@ def _read_varint(buffer: Buffer, at: int, end: int) -> tuple[int, int]:
     raise Malformed("a number runs past the end of its message")
 
 
-def _fields(buffer: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+def fields(buffer: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield (number, wire type, start of the field, start of its value, end of its value)."""
     while at < end:
         start = at
@@ -80,7 +80,7 @@ def _rewrite(children: dict[int, Rewriter]) -> Rewriter:
     def rewrite(buffer: Buffer, at: int, end: int, payloads: Payloads) -> bytes:
         out = bytearray()
         copied = at
-        for number, kind, start, value, stop in _fields(buffer, at, end):
+        for number, kind, start, value, stop in fields(buffer, at, end):
             if kind == LENGTH and number in children and stop - value > INLINE_LIMIT:
                 out += buffer[copied:start]
                 out += field(number, children[number](buffer, value, stop, payloads))
@@ -97,7 +97,7 @@ RAW_DATA, FLOAT_DATA, DOUBLE_DATA = 9, 4, 10
 def _tensor(buffer: Buffer, at: int, end: int, payloads: Payloads) -> bytes:
     """Replace the (packed, little-endian) data of a TensorProto by a reference, in the form of external data."""
     out = bytearray()
-    for number, kind, start, value, stop in _fields(buffer, at, end):
+    for number, kind, start, value, stop in fields(buffer, at, end):
         if kind == LENGTH and number in (RAW_DATA, FLOAT_DATA, DOUBLE_DATA) and stop - value > INLINE_LIMIT:
             entry = field(1, b"location") + field(2, reference(len(payloads)).encode())
             out += field(13, entry) + varint(14 << 3) + varint(1)  # external_data, data_location = EXTERNAL
