@@ -1,8 +1,10 @@
 """The operators: one file per family, one entry per operator, and the table of all of them."""
 
 from onnxprune.ops import (
+    activation,
     attention,
     classical,
+    control,
     conv,
     elementwise,
     generator,
@@ -13,6 +15,7 @@ from onnxprune.ops import (
     pieces,
     pool,
     quant,
+    random,
     recurrent,
     reduce,
 )
@@ -21,8 +24,10 @@ from onnxprune.ops.registry import Operator, Registry
 __all__ = ["OPERATORS", "Operator", "Registry"]
 
 _FAMILIES = (
+    activation,
     attention,
     classical,
+    control,
     conv,
     elementwise,
     generator,
@@ -33,6 +38,7 @@ _FAMILIES = (
     pieces,
     pool,
     quant,
+    random,
     recurrent,
     reduce,
 )

@@ -14,11 +14,14 @@ import numpy as np
 import onnx
 
 from onnxprune.axes.expr import Expr
-from onnxprune.ops.lazy import torch
+from onnxprune.ops.lazy import kernels, torch
 from onnxprune.ops.registry import Evaluate, Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView
+from onnxprune.ops.rules import AxisContext, MirrorContext, MirrorRule, NodeView
+from onnxprune.ops.unsigned import widened
 
-__all__ = ["OPERATORS", "broadcast", "evaluated", "multiplied"]
+__all__ = ["OPERATORS", "broadcast", "elementwise_axes", "evaluated", "first_input_axes", "multiplied", "pointwise"]
+
+_run = kernels("elementwise")
 
 
 def broadcast(c: AxisContext, *operands: int) -> tuple[Expr, ...]:
@@ -42,12 +45,6 @@ def first_input_axes(c: AxisContext) -> None:
     """One tensor in, the other inputs are scalars; further outputs (a Dropout mask) have the same axes."""
     for j in range(len(c.node.outputs)):
         c.output(*c.axes(0), j=j)
-
-
-def dropout_axes(c: AxisContext) -> None:
-    if c.has(2) and (c.value(2) is None or np.any(c.value(2))):
-        raise GiveUp("a Dropout that is training is random")
-    first_input_axes(c)
 
 
 def evaluated(evaluate: Evaluate) -> Callable[[NodeView, Sequence[float | None]], float | None]:
@@ -96,62 +93,46 @@ def powered(node: NodeView, states: Sequence[float | None]) -> float | None:
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
-
-
-def _softplus(x: Any) -> Any:
-    return np.logaddexp(0, x)
-
-
-def _gelu(n: NodeView, x: Any) -> Any:
-    if n.attributes.get("approximate", "none") == "tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
-
-
-def _a(n: NodeView, name: str, default: float) -> float:
-    return float(n.attributes.get(name, default))
-
-
 def _cast(n: NodeView, x: Any, *rest: Any) -> Any:
-    if rest:  # CastLike
-        return np.asarray(x).astype(np.asarray(rest[0]).dtype)
-    return np.asarray(x).astype(onnx.helper.tensor_dtype_to_np_dtype(int(n.attributes["to"])))
+    dtype = np.asarray(rest[0]).dtype if rest else onnx.helper.tensor_dtype_to_np_dtype(int(n.attributes["to"]))
+    x = np.asarray(x)
+    return x if x.dtype == object and dtype.kind == "i" else x.astype(dtype)  # sizes that vary are integers
 
 
 def _dead_cast(n: NodeView, x: Any, *rest: Any) -> Any:
     return np.float64(x)
 
 
-def _clip(n: NodeView, x: Any, low: Any = None, high: Any = None) -> Any:
-    low = n.attributes.get("min") if low is None else low
-    high = n.attributes.get("max") if high is None else high
-    x = np.asarray(x)
-    x = x if low is None else np.maximum(x, np.asarray(low).astype(x.dtype))
-    return x if high is None else np.minimum(x, np.asarray(high).astype(x.dtype))
-
-
 def _divide(n: NodeView, x: Any, y: Any) -> Any:
+    if object in (np.asarray(x).dtype, np.asarray(y).dtype):  # sizes that vary are not negative
+        return x // y
     if np.issubdtype(np.asarray(x).dtype, np.integer):  # ONNX divides integers towards zero
         quotient = np.abs(x) // np.maximum(np.abs(y), 1)
         return (quotient * np.sign(x) * np.sign(y)).astype(np.asarray(x).dtype)
     return x / y
 
 
-def _unary(name: str, f: Callable[[Any], Any]) -> Operator:
-    method = TORCH_UNARY.get(name)
-    mirror: Any = None if method is None else lambda m: method(m.tensor(0))
-    return _with(name, lambda n, x, *_: f(x), mirror=mirror)
+def pointwise(name: str, evaluate: Evaluate, mirror: MirrorRule, axes: Any = first_input_axes, **more: Any) -> Operator:
+    """One tensor in, one of the same shape out."""
+    dead = evaluated(evaluate)
+    return Operator(
+        name, axes, dead, evaluate=evaluate, shape=first_shape, broadcasts=True, mirror=widened(mirror), **more
+    )
 
 
-def _with(name: str, evaluate: Evaluate, axes: Any = first_input_axes, **more: Any) -> Operator:
-    return Operator(name, axes, evaluated(evaluate), evaluate=evaluate, shape=_first_shape, broadcasts=True, **more)
+def first_shape(node: NodeView, inputs: Any) -> Any:
+    return [inputs[0]] * len(node.outputs)
 
 
-def _binary(name: str, f: Callable[..., Any], dead: Any = None, **more: Any) -> Operator:
+def _unary(name: str, f: Callable[[Any], Any], function: str) -> Operator:
+    """function: its name in torch."""
+    return pointwise(name, lambda n, x, *_: f(x), lambda m: getattr(torch, function)(m.tensor(0)))
+
+
+def _binary(name: str, f: Callable[..., Any], mirror: MirrorRule, dead: Any = None, **more: Any) -> Operator:
     evaluate: Evaluate = lambda n, *xs: f(*xs)  # noqa: E731
-    return Operator(name, elementwise_axes, dead or evaluated(evaluate), evaluate=evaluate, broadcasts=True, **more)
+    dead = dead or evaluated(evaluate)
+    return Operator(name, elementwise_axes, dead, evaluate=evaluate, broadcasts=True, mirror=widened(mirror), **more)
 
 
 def _variadic(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -163,68 +144,38 @@ def _variadic(f: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return apply
 
 
-def bias_axes(c: AxisContext) -> None:
-    """BiasGelu, FastGelu: a bias along the last axis."""
-    if c.has(1):
-        c.equal(c.axes(0)[-1], c.axes(1)[0])
-    c.output(*c.axes(0))
-
-
-def biased(node: NodeView, states: Sequence[float | None]) -> float | None:
-    """An activation that is zero at zero, after a bias."""
-    return 0.0 if all(s == 0 for s in states) else None
-
-
-def _first_shape(node: NodeView, inputs: Any) -> Any:
-    return [inputs[0]] * len(node.outputs)
-
-
-def random_axes(c: AxisContext) -> None:
-    c.output(*c.axes(0))
-
-
-UNARY: dict[str, Callable[[Any], Any]] = {
-    "Abs": np.abs,
-    "Neg": np.negative,
-    "Sqrt": np.sqrt,
-    "Exp": np.exp,
-    "Log": np.log,
-    "Floor": np.floor,
-    "Ceil": np.ceil,
-    "Round": np.round,
-    "Sign": np.sign,
-    "Sin": np.sin,
-    "Cos": np.cos,
-    "Tan": np.tan,
-    "Asin": np.arcsin,
-    "Acos": np.arccos,
-    "Atan": np.arctan,
-    "Sinh": np.sinh,
-    "Cosh": np.cosh,
-    "Tanh": np.tanh,
-    "Asinh": np.arcsinh,
-    "Acosh": np.arccosh,
-    "Atanh": np.arctanh,
-    "Reciprocal": lambda x: 1 / x,
-    "Not": np.logical_not,
-    "IsNaN": np.isnan,
-    "IsInf": np.isinf,
-    "BitwiseNot": np.invert,
-    "Erf": _erf,
-    "Relu": lambda x: np.maximum(x, 0),
-    "Sigmoid": _sigmoid,
-    "Softplus": _softplus,
-    "Softsign": lambda x: x / (1 + np.abs(x)),
-    "Mish": lambda x: x * np.tanh(_softplus(x)),
-    "HardSwish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
-}
-
-TORCH_UNARY: dict[str, Callable[[Any], Any]] = {
-    "Relu": lambda x: torch.relu(x),
+UNARY: dict[str, tuple[Callable[[Any], Any], str]] = {  # in numpy, and the name in torch
+    "Abs": (np.abs, "abs"),
+    "Neg": (np.negative, "neg"),
+    "Sqrt": (np.sqrt, "sqrt"),
+    "Exp": (np.exp, "exp"),
+    "Log": (np.log, "log"),
+    "Floor": (np.floor, "floor"),
+    "Ceil": (np.ceil, "ceil"),
+    "Round": (np.round, "round"),
+    "Sign": (np.sign, "sign"),
+    "Sin": (np.sin, "sin"),
+    "Cos": (np.cos, "cos"),
+    "Tan": (np.tan, "tan"),
+    "Asin": (np.arcsin, "asin"),
+    "Acos": (np.arccos, "acos"),
+    "Atan": (np.arctan, "atan"),
+    "Sinh": (np.sinh, "sinh"),
+    "Cosh": (np.cosh, "cosh"),
+    "Tanh": (np.tanh, "tanh"),
+    "Asinh": (np.arcsinh, "asinh"),
+    "Acosh": (np.arccosh, "acosh"),
+    "Atanh": (np.arctanh, "atanh"),
+    "Reciprocal": (lambda x: 1 / x, "reciprocal"),
+    "Not": (np.logical_not, "logical_not"),
+    "IsNaN": (np.isnan, "isnan"),
+    "BitwiseNot": (np.invert, "bitwise_not"),
+    "Erf": (_erf, "erf"),
+    "Erfc": (lambda x: 1 - _erf(x), "erfc"),
 }
 
 
-def arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[[MirrorContext], Any]:
+def arithmetic(operation: Callable[[Any, Any], Any]) -> MirrorRule:
     """The mirror rule of a binary or variadic operator: constant scalars stand as numbers."""
 
     def mirror(m: MirrorContext) -> Any:
@@ -236,62 +187,155 @@ def arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[[MirrorContext]
     return mirror
 
 
+def between(function: str) -> MirrorRule:
+    """The mirror rule of a binary operator that is a function of two tensors in torch."""
+    return lambda m: getattr(torch, function)(m.tensor(0), m.tensor(1))
+
+
+def divide_mirror(m: MirrorContext) -> Any:
+    dtype = m.dtype(0)
+    if dtype is None:
+        return m.call(_run.divide, m.tensor(0), m.tensor(1))
+    if dtype.is_floating_point or dtype.is_complex:
+        return m.operand(0) / m.operand(1)
+    return torch.div(m.tensor(0), m.operand(1), rounding_mode="trunc")
+
+
+def mod_mirror(m: MirrorContext) -> Any:
+    function = torch.fmod if m.attr("fmod", 0) else torch.remainder
+    return function(m.tensor(0), m.operand(1))
+
+
+def power_mirror(m: MirrorContext) -> Any:
+    """The result has the type of the base, whatever that of the exponent is."""
+    x, y, base = m.tensor(0), m.tensor(1), m.dtype(0)
+    value = m.constant(1)
+    if value is not None and value.size == 1 and value.dtype.kind in "fiu" and value.ndim <= (m.rank(0) or 0):
+        y = value.reshape(()).item()
+    if base is not None and not base.is_floating_point and not base.is_complex:
+        return m.call(_run.integer_power, x, y)
+    result = torch.pow(x, y)
+    return result.type_as(x) if m.dtype(1) == torch.float64 != base else result
+
+
+def shift_mirror(m: MirrorContext) -> Any:
+    if m.attr("direction") == "LEFT":
+        return torch.bitwise_left_shift(m.tensor(0), m.tensor(1))
+    if m.dtype(0) == torch.int64:  # unsigned, but widened
+        return m.call(_run.shift_right, m.tensor(0), m.tensor(1))
+    return torch.bitwise_right_shift(m.tensor(0), m.tensor(1))
+
+
+def extreme(function: str, bound: str) -> MirrorRule:
+    """Max, Min: constant scalars are bounds."""
+
+    def mirror(m: MirrorContext) -> Any:
+        operands = [m.operand(i) for i in range(len(m.node.inputs))]
+        numbers = [x for x in operands if isinstance(x, (bool, int, float))]
+        tensors = [x for x in operands if not isinstance(x, (bool, int, float))]
+        result = tensors[0]
+        for x in tensors[1:]:
+            result = getattr(torch, function)(result, x)
+        for number in numbers:
+            result = torch.clamp(result, **{bound: number})
+        return result
+
+    return mirror
+
+
+def is_inf_mirror(m: MirrorContext) -> Any:
+    positive, negative = m.attr("detect_positive", 1), m.attr("detect_negative", 1)
+    if not positive and not negative:
+        return torch.zeros_like(m.tensor(0), dtype=torch.bool)
+    function = torch.isinf if positive and negative else torch.isposinf if positive else torch.isneginf
+    return function(m.tensor(0))
+
+
+def cast_mirror(m: MirrorContext) -> Any:
+    dtype = m.torch_type(int(m.attr("to")))
+    if dtype is None:
+        raise m.unsupported(f"torch has no {onnx.TensorProto.DataType.Name(m.attr('to'))}")
+    return m.tensor(0).to(dtype)
+
+
+def cast_like_mirror(m: MirrorContext) -> Any:
+    dtype = m.dtype(1)
+    return m.tensor(0).type_as(m.tensor(1)) if dtype is None else m.tensor(0).to(dtype)
+
+
+def bit_cast_mirror(m: MirrorContext) -> Any:
+    dtype = m.torch_type(int(m.attr("to")))
+    if dtype is None:
+        raise m.unsupported(f"torch has no {onnx.TensorProto.DataType.Name(m.attr('to'))}")
+    return m.tensor(0).view(dtype)
+
+
+BOTH = frozenset({0, 1})
+
 OPERATORS = (
-    *(_unary(name, f) for name, f in UNARY.items()),
-    _unary("Identity", lambda x: x),
-    _with("Dropout", lambda n, x, *_: x, dropout_axes),
-    Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast, broadcasts=True),
-    Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast),
-    _with("LeakyRelu", lambda n, x: np.where(x < 0, _a(n, "alpha", 0.01) * x, x)),
-    _with("Elu", lambda n, x: np.where(x < 0, _a(n, "alpha", 1) * np.expm1(x), x)),
-    _with("Celu", lambda n, x: np.where(x < 0, _a(n, "alpha", 1) * np.expm1(x / _a(n, "alpha", 1)), x)),
-    _with(
-        "Selu", lambda n, x: _a(n, "gamma", 1.05070098) * np.where(x < 0, _a(n, "alpha", 1.67326324) * np.expm1(x), x)
-    ),
-    _with("HardSigmoid", lambda n, x: np.clip(_a(n, "alpha", 0.2) * x + _a(n, "beta", 0.5), 0, 1)),
-    _with("ThresholdedRelu", lambda n, x: np.where(x > _a(n, "alpha", 1), x, 0)),
-    _with("Shrink", lambda n, x: np.where(np.abs(x) <= _a(n, "lambd", 0.5), 0, x - np.sign(x) * _a(n, "bias", 0))),
-    _with("Swish", lambda n, x: x * _sigmoid(_a(n, "alpha", 1) * x)),
-    _with("Gelu", _gelu),
-    _with("Clip", _clip),
-    _with("Erfc", lambda n, x: 1 - _erf(x)),
-    Operator("com.microsoft::Gelu", first_input_axes, evaluated(_gelu), shape=_first_shape),
+    *(_unary(name, f, function) for name, (f, function) in UNARY.items()),
+    pointwise("IsInf", lambda n, x: np.isinf(x), is_inf_mirror),
     Operator(
-        "com.microsoft::QuickGelu",
+        "Identity",
         first_input_axes,
-        evaluated(lambda n, x: x * _sigmoid(1.702 * x)),
-        shape=_first_shape,
+        evaluated(lambda n, x: x),
+        evaluate=lambda n, x: x,
+        shape=first_shape,
+        broadcasts=True,
+        mirror=lambda m: m.tensor(0),
     ),
-    Operator("com.microsoft::BiasGelu", bias_axes, biased, shape=_first_shape),
-    Operator("com.microsoft::FastGelu", bias_axes, biased, shape=_first_shape),
-    *(Operator(name, random_axes) for name in ("RandomNormalLike", "RandomUniformLike", "Bernoulli")),
-    _binary("Add", np.add, mirror=arithmetic(operator.add)),
-    _binary("Sub", np.subtract),
-    _binary("Mul", np.multiply, multiplied),
-    Operator("Div", elementwise_axes, divided, evaluate=_divide, broadcasts=True, keeps=frozenset({1})),
-    _binary("Pow", lambda x, y: np.power(x, np.asarray(y).astype(np.asarray(x).dtype)), powered, keeps=frozenset({1})),
+    Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast, broadcasts=True, mirror=cast_mirror),
+    Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast, mirror=cast_like_mirror),
+    Operator("BitCast", mirror=bit_cast_mirror),
+    _binary("Add", np.add, arithmetic(operator.add)),
+    _binary("Sub", np.subtract, arithmetic(operator.sub)),
+    _binary("Mul", np.multiply, arithmetic(operator.mul), multiplied),
+    Operator(
+        "Div",
+        elementwise_axes,
+        divided,
+        evaluate=_divide,
+        broadcasts=True,
+        keeps=frozenset({1}),
+        mirror=widened(divide_mirror),
+    ),
+    _binary(
+        "Pow",
+        lambda x, y: np.power(x, np.asarray(y).astype(np.asarray(x).dtype)),
+        power_mirror,
+        powered,
+        keeps=frozenset({1}),
+        fixed=frozenset({1}),
+    ),
     Operator(
         "Mod",
         elementwise_axes,
         divided,
         keeps=frozenset({1}),
         evaluate=lambda n, x, y: np.fmod(x, y) if n.attributes.get("fmod") else np.mod(x, y),
+        mirror=widened(mod_mirror),
+        fixed=BOTH,
     ),
+    _binary("And", np.logical_and, between("logical_and"), multiplied),
+    _binary("Or", np.logical_or, between("logical_or")),
+    _binary("Xor", np.logical_xor, between("logical_xor")),
+    _binary("Equal", np.equal, arithmetic(operator.eq), discrete=True, fixed=BOTH),
+    _binary("Less", np.less, arithmetic(operator.lt), discrete=True, fixed=BOTH),
+    _binary("Greater", np.greater, arithmetic(operator.gt), discrete=True, fixed=BOTH),
+    _binary("LessOrEqual", np.less_equal, arithmetic(operator.le), discrete=True, fixed=BOTH),
+    _binary("GreaterOrEqual", np.greater_equal, arithmetic(operator.ge), discrete=True, fixed=BOTH),
+    Operator("BitShift", elementwise_axes, mirror=widened(shift_mirror)),
+    *(
+        Operator(f"Bitwise{name}", elementwise_axes, mirror=widened(between(f"bitwise_{name.lower()}")))
+        for name in ("And", "Or", "Xor")
+    ),
+    _binary("Max", _variadic(np.maximum), extreme("maximum", "min")),
+    _binary("Min", _variadic(np.minimum), extreme("minimum", "max")),
+    _binary("Sum", _variadic(np.add), arithmetic(operator.add)),
     _binary(
-        "PRelu", lambda x, s: np.where(x < 0, s * x, x), lambda n, s: 0.0 if s[0] == 0 else None, keeps=frozenset({1})
+        "Mean",
+        lambda *xs: _variadic(np.add)(*xs) / len(xs),
+        lambda m: arithmetic(operator.add)(m) / len(m.node.inputs),
     ),
-    _binary("And", np.logical_and, multiplied),
-    _binary("Or", np.logical_or),
-    _binary("Xor", np.logical_xor),
-    _binary("Equal", np.equal, discrete=True),
-    _binary("Less", np.less, discrete=True),
-    _binary("Greater", np.greater, discrete=True),
-    _binary("LessOrEqual", np.less_equal, discrete=True),
-    _binary("GreaterOrEqual", np.greater_equal, discrete=True),
-    *(Operator(name, elementwise_axes) for name in ("BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor")),
-    _binary("Max", _variadic(np.maximum)),
-    _binary("Min", _variadic(np.minimum)),
-    _binary("Sum", _variadic(np.add)),
-    _binary("Mean", lambda *xs: _variadic(np.add)(*xs) / len(xs)),
-    _binary("Where", np.where, chosen),
+    _binary("Where", np.where, lambda m: torch.where(m.tensor(0), m.operand(1), m.operand(2)), chosen),
 )

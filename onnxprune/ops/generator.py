@@ -98,10 +98,6 @@ OPERATORS = (
     Operator("ConstantOfShape", filled_axes, filled_dead, patch=patch_filled, evaluate=_filled, stored=_fill),
     Operator("Range", frozen_axes, evaluate=_range),
     Operator("NonZero", evaluate=lambda n, x: np.array(np.nonzero(x), np.int64), discrete=True),
-    Operator("NonMaxSuppression", discrete=True),
     Operator("Unique", discrete=True),
     Operator("OneHot", None, evaluate=_one_hot),
-    Operator("If", taken=lambda n, values: n.attributes["then_branch" if np.all(values[0]) else "else_branch"]),
-    Operator("RandomNormal", frozen_axes),
-    Operator("RandomUniform", frozen_axes),
 )
