@@ -147,13 +147,14 @@ def _only_broadcast(walk: Walk, name: str) -> bool:
     elementwise operators, or as a position in those that say so."""
     graph = walk.graph
     found, pending = False, [name]
-    seen = set(pending)
+    made = set(pending)
     while pending:
         for node, i in graph.consumers.get(pending.pop(), ()):
             operator = walk.registry.get(node.op)
-            if operator is not None and graph.static.issuperset(node.outputs) and node.index not in walk.contractions:
-                pending += [n for n in node.outputs if n not in seen]
-                seen.update(node.outputs)
+            constant = all(n in made or n in graph.static or n in graph.sized for n in node.inputs if n)
+            if operator is not None and constant and node.index not in walk.contractions:
+                pending += [n for n in node.outputs if n not in made]
+                made.update(node.outputs)
             elif operator is not None and (operator.broadcasts or i in operator.keeps):
                 found = True
             else:
