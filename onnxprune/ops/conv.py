@@ -7,15 +7,16 @@ removes whole groups, pruning o or i the same place in every group. A depthwise 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import Any
 
 from onnxprune.axes.expr import Expr
-from onnxprune.ops.lazy import F
+from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "padding", "sides", "symmetric"]
+
+_run = kernels("conv")
 
 
 def convolution(c: AxisContext, x: int, w: int, channelwise: Sequence[int], *, transposed: bool = False) -> Expr:
@@ -125,50 +126,117 @@ def conv_macs(w: int):
     return macs
 
 
-def spatial(m: MirrorContext, w: int) -> tuple[list[int], list[int], list[int]]:
+def spatial(m: MirrorContext, w: int) -> tuple[list[Any], list[int], list[int]]:
     """Kernel sizes, strides and dilations of a convolution whose weight is input w."""
     shape = m.shape(w)
-    if shape is None:
+    if not m.attr("kernel_shape") and shape is None:
         raise m.unsupported("the rank of its weight is unknown")
-    kernel = [n or k for n, k in zip(shape[2:], m.attr("kernel_shape", shape[2:]), strict=True)]
+    kernel = m.attr("kernel_shape") or [m.size(w, 2 + k) if n is None else n for k, n in enumerate((shape or ())[2:])]
+    if not 1 <= len(kernel) <= 3:
+        raise m.unsupported(f"a convolution over {len(kernel)} axes")
     return kernel, list(m.attr("strides", [1] * len(kernel))), list(m.attr("dilations", [1] * len(kernel)))
 
 
-def padded(m: MirrorContext, x: Any, kernel: list[int], strides: list[int], dilations: list[int]) -> tuple[Any, Any]:
-    """The input and the symmetric padding to give to torch: what is not symmetric is padded beforehand."""
+def padding(m: MirrorContext, x: Any, kernel: Sequence[Any], strides: list[int], dilations: list[int]) -> list[Any]:
+    """Paddings before and after each axis, as in `pads`; proxies where `auto_pad` makes them depend on sizes."""
     rank = len(kernel)
     auto = m.attr("auto_pad", "NOTSET")
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        pads: list[Any] = [0] * (2 * rank)
-        for k in range(rank):
-            span = dilations[k] * (kernel[k] - 1) + 1
-            if strides[k] == 1:
-                total = span - 1
-            else:
-                total = m.call(same_padding, x.size(2 + k), span, strides[k])
-            less, more = total // 2, total - total // 2
-            pads[k], pads[rank + k] = (less, more) if auto == "SAME_UPPER" else (more, less)
-    else:
-        pads = [0] * (2 * rank) if auto == "VALID" else list(m.attr("pads", [0] * (2 * rank)))
-    symmetric = all(isinstance(p, int) for p in pads) and pads[:rank] == pads[rank:] and min(pads, default=0) >= 0
-    if symmetric:
-        return x, tuple(pads[:rank])
-    sides = [p for k in reversed(range(rank)) for p in (pads[k], pads[rank + k])]
-    return F.pad(x, sides), (0,) * rank
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        return [0] * (2 * rank) if auto == "VALID" else list(m.attr("pads") or [0] * (2 * rank))
+    pads: list[Any] = [0] * (2 * rank)
+    for k in range(rank):
+        span = dilations[k] * (kernel[k] - 1) + 1
+        total = span - 1 if strides[k] == 1 else m.call(_run.same_padding, x.size(2 + k), span, strides[k])
+        less = total // 2
+        pads[k], pads[rank + k] = (less, total - less) if auto == "SAME_UPPER" else (total - less, less)
+    return pads
 
 
-def same_padding(size: int, span: int, stride: int) -> int:
-    """Zeros to add along an axis so that a window of this span gives size / stride results."""
-    return max((-(-size // stride) - 1) * stride + span - size, 0)
+def symmetric(pads: Sequence[Any]) -> bool:
+    """True for paddings that torch's own operators take."""
+    rank = len(pads) // 2
+    return all(isinstance(p, int) and p >= 0 for p in pads) and list(pads[:rank]) == list(pads[rank:])
 
 
-def conv_mirror(m: MirrorContext) -> Any:
+def sides(pads: Sequence[Any]) -> list[Any]:
+    """`pads` in the order in which F.pad takes them."""
+    rank = len(pads) // 2
+    return [p for k in reversed(range(rank)) for p in (pads[k], pads[rank + k])]
+
+
+def convolved(m: MirrorContext) -> Any:
+    """A convolution; padding that isn't symmetric becomes a node of its own."""
     kernel, strides, dilations = spatial(m, 1)
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}.get(len(kernel))
-    if function is None:
-        raise m.unsupported(f"a convolution over {len(kernel)} axes")
-    x, padding = padded(m, m.tensor(0), kernel, strides, dilations)
-    return function(x, m.tensor(1), m.optional(2), tuple(strides), padding, tuple(dilations), int(m.attr("group", 1)))
+    function = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
+    x = m.tensor(0)
+    pads = padding(m, x, kernel, strides, dilations)
+    inside = tuple(pads[: len(kernel)]) if symmetric(pads) else (0,) * len(kernel)
+    x = x if symmetric(pads) else F.pad(x, sides(pads))
+    return function(x, m.tensor(1), m.optional(2), tuple(strides), inside, tuple(dilations), int(m.attr("group", 1)))
+
+
+FUSED = {
+    "Relu": lambda y, _: torch.relu(y),
+    "Tanh": lambda y, _: torch.tanh(y),
+    "Sigmoid": lambda y, _: torch.sigmoid(y),
+    "LeakyRelu": lambda y, p: F.leaky_relu(y, *p[:1]),
+    "Clip": lambda y, p: torch.clamp(y, *p[:2]),
+    "HardSigmoid": lambda y, p: torch.clamp(p[0] * y + p[1], 0, 1),
+    "HardSwish": lambda y, _: F.hardswish(y),
+    "": lambda y, _: y,
+}
+
+
+def fused_conv_mirror(m: MirrorContext) -> Any:
+    """A convolution, then the sum with Z, then the activation."""
+    activation = m.attr("activation", "")
+    if activation not in FUSED:
+        raise m.unsupported(f"the activation {activation}")
+    y = convolved(m)
+    y = y + m.tensor(3) if m.has(3) else y
+    return FUSED[activation](y, [float(p) for p in m.attr("activation_params", [])])
+
+
+def conv_transpose_mirror(m: MirrorContext) -> Any:
+    """A result of length L is cut by `pads`; output_padding gives back some of what the end loses. That is torch's
+    padding and output_padding as long as the latter is smaller than the stride or the dilation."""
+    kernel, strides, dilations = spatial(m, 1)
+    rank, groups = len(kernel), int(m.attr("group", 1))
+    extra = list(m.attr("output_padding") or [0] * rank)
+    tensors = (m.tensor(0), m.tensor(1), m.optional(2))
+    auto = m.attr("auto_pad", "NOTSET")
+    if m.attr("output_shape"):
+        wanted = list(m.attr("output_shape"))[-rank:]
+        upper = auto == "SAME_UPPER"
+        return m.call(_run.conv_transpose_to, *tensors, strides, dilations, groups, extra, wanted, upper)
+    pads = [0] * (2 * rank) if auto == "VALID" else list(m.attr("pads") or [0] * (2 * rank))
+    before, after = pads[:rank], [p - e for p, e in zip(pads[rank:], extra, strict=True)]
+    if auto.startswith("SAME"):  # the result is stride times as long as the input
+        for k in range(rank):
+            beyond = dilations[k] * (kernel[k] - 1) + 1 - strides[k]
+            total = m.call(max, beyond + extra[k], 0) if not isinstance(beyond, int) else max(beyond + extra[k], 0)
+            before[k] = total // 2 if auto == "SAME_UPPER" else total - total // 2
+            after[k] = beyond - before[k]
+    fits = all(
+        isinstance(b, int) and b >= 0 and 0 <= b - a < max(s, d)
+        for b, a, s, d in zip(before, after, strides, dilations, strict=True)
+    )
+    if not fits:
+        return m.call(_run.conv_transpose, *tensors, strides, dilations, groups, before, after)
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    lengthened = tuple(b - a for b, a in zip(before, after, strict=True))
+    return function(*tensors, tuple(strides), tuple(before), lengthened, groups, tuple(dilations))
+
+
+def deform_conv_mirror(m: MirrorContext) -> Any:
+    """Inputs X, W, offset, B, mask."""
+    kernel, strides, dilations = spatial(m, 1)
+    if len(kernel) != 2:
+        raise m.unsupported(f"a deformable convolution over {len(kernel)} axes")
+    pads = list(m.attr("pads") or [0] * 4)
+    tensors = (m.tensor(0), m.tensor(1), m.tensor(2), m.optional(3), m.optional(4))
+    groups, offset_groups = int(m.attr("group", 1)), int(m.attr("offset_group", 1))
+    return m.call(_run.deform_conv, *tensors, strides, pads[:2], dilations, groups, offset_groups)
 
 
 def conv_transpose_macs(
@@ -209,8 +277,15 @@ def _zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
 
 
 OPERATORS = (
-    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2, mirror=conv_mirror),
-    Operator("ConvTranspose", conv_transpose_axes, conv_dead(0, 1, 2), conv_transpose_macs, patch_groups),
+    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2, mirror=convolved),
+    Operator(
+        "ConvTranspose",
+        conv_transpose_axes,
+        conv_dead(0, 1, 2),
+        conv_transpose_macs,
+        patch_groups,
+        mirror=conv_transpose_mirror,
+    ),
     Operator(
         "ConvInteger",
         conv_integer_axes,
@@ -231,8 +306,14 @@ OPERATORS = (
         keeps=frozenset({1, 2, 4, 5, 6, 7}),
         quantised=((3, 5),),
     ),
-    Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups),
+    Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups, mirror=deform_conv_mirror),
     Operator(
-        "com.microsoft::FusedConv", fused_conv_axes, fused_conv_dead, conv_macs(1), patch_groups, shape=fused_shape
+        "com.microsoft::FusedConv",
+        fused_conv_axes,
+        fused_conv_dead,
+        conv_macs(1),
+        patch_groups,
+        shape=fused_shape,
+        mirror=fused_conv_mirror,
     ),
 )
