@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "DataError",
+    "Diverged",
     "ModelRejected",
     "NotMirrored",
     "NothingPrunable",
@@ -41,7 +42,9 @@ class NothingPrunable(ModelRejected):
 
 
 class NotMirrored(ModelRejected):
-    """The model can't be trained: nodes of it have no form in torch (exit 3)."""
+    """The model can't be trained: nodes of it have no form in torch (exit 3). operators: what they are."""
+
+    operators: tuple[str, ...] = ()
 
 
 class TargetNotReached(OnnxPruneError):
@@ -60,3 +63,7 @@ class DataError(OnnxPruneError):
     """The user's data or a callable of theirs does not fit the model, or failed (exit 6)."""
 
     exit_code = 6
+
+
+class Diverged(DataError):
+    """Training lost its loss to nan or infinity, or for good, also at a quarter of the rate (exit 6)."""

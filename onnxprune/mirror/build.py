@@ -9,7 +9,9 @@ Weights are parameters under their initializer's name; other stored tensors are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import keyword
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -22,12 +24,12 @@ from torch.fx import GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from onnxprune.errors import NotMirrored
+from onnxprune.mirror.bodies import Source, inner_graph
 from onnxprune.mirror.context import Context, Unsupported
-from onnxprune.mirror.sizes import computed
+from onnxprune.mirror.sizes import Size, computed, unwrapped
 from onnxprune.mirror.targets import Targets, identifier
 from onnxprune.mirror.weights import weights
-from onnxprune.model.graph import Graph, Model, Node
-from onnxprune.model.infer import infer
+from onnxprune.model.graph import Graph, Node
 from onnxprune.ops.kernels import sizes as size_kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
@@ -57,8 +59,16 @@ _HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 class Builder:
     """One pass over the nodes of a graph, or of a control-flow body."""
 
-    def __init__(self, graph: Graph, registry: Mapping[str, Operator], *, half: torch.dtype | None = None) -> None:
-        """half: what to compute in where the model says float16 or bfloat16; None: what it says."""
+    def __init__(
+        self,
+        graph: Graph,
+        registry: Mapping[str, Operator],
+        *,
+        half: torch.dtype | None = None,
+        constants: Collection[str] = (),
+    ) -> None:
+        """half: what to compute in where the model says float16 or bfloat16; None: what it says.
+        constants: stored tensors of the graph that are no weights, whatever reads them."""
         self.graph = graph
         self.registry = registry
         self.half = half
@@ -68,7 +78,7 @@ class Builder:
         self.tracer = GraphAppendingTracer(self.fx)
         self.values: dict[str, Any] = {}  # a Proxy, or an array of objects for what is computed from sizes
         self.fetched: dict[str, Proxy] = {}
-        self.learnable = weights(graph, registry)
+        self.learnable = weights(graph, registry) - set(constants)
         self.learned = set(self.learnable)  # and what is computed from weights
         self.carried: set[str] = set()  # 8-bit tensors that are carried as floats
         self.parameters: dict[str, tuple[str, ...]] = {}  # target -> path of nodes and the stored tensor's name
@@ -79,22 +89,34 @@ class Builder:
 
     def build(self) -> GraphModule:
         """Raises NotMirrored, naming every node that has no form in torch."""
+        self.record()
+        if self.problems:
+            raise self.refusal()
+        return self.finish()
+
+    def record(self) -> None:
+        taken: set[str] = {"self"}
         for name in self.graph.inputs:
-            self.values[name] = self.made(self.fx.placeholder(identifier(name)))
+            self.values[name] = self.made(self.fx.placeholder(unused(identifier(name), taken)))
+        self.visit_all()
+
+    def visit_all(self) -> None:
         for node in self.graph.nodes:
             self.at = node
             self.visit(node)
         self.at = None
-        if self.problems:
-            raise self.refusal()
+
+    def finish(self) -> GraphModule:
         outputs = [self.result(name).node for name in self.graph.outputs]
         self.fx.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
         self.fx.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         module = GraphModule(self.root, self.fx, "Mirror")
-        used = {n.target for n in self.fx.nodes if n.op == "get_attr"}
+        used = {n.target for n in self.fx.nodes if n.op in ("get_attr", "call_module")}
         module.meta["inputs"] = self.graph.inputs
         module.meta["outputs"] = self.graph.outputs
-        module.meta["parameters"] = {t: path for t, path in self.parameters.items() if t in used or len(path) > 1}
+        module.meta["parameters"] = {
+            t: path for t, path in self.parameters.items() if t in used or t.partition(".")[0] in used
+        }
         return module
 
     def visit(self, node: Node) -> None:
@@ -140,10 +162,12 @@ class Builder:
     def refusal(self) -> NotMirrored:
         shown = "; ".join(f"{n.op} '{n.label}'" + (f" ({why})" if why else "") for n, why in self.problems[:5])
         more = f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
-        return NotMirrored(
+        error = NotMirrored(
             f"{len(self.problems)} nodes can't be trained in torch: {shown}{more}",
             "one-shot compression works without training: leave --data away; or register the operator's mirror rule",
         )
+        error.operators = tuple(n.op for n, _ in self.problems)
+        return error
 
     def from_sizes(self, node: Node, operator: Operator, outputs: Sequence[str]) -> bool:
         """Shape arithmetic; True where the outputs are arrays of sizes now."""
@@ -168,15 +192,13 @@ class Builder:
     def read_shape(self, node: Node, operator: Operator, sizes: list[Any]) -> bool:
         name = node.outputs[0]
         known, varying = self.graph.values[name], self.graph.varying.get(name)
-        boxed = np.empty(len(sizes), object)
-        boxed[:] = sizes
         assert operator.from_shape is not None
         order = operator.from_shape(node, tuple(range(len(sizes))))  # which sizes it gives: Shape can take a part
         if known.ndim != 1 or varying is None:
             return False
         result = np.empty(known.shape, object)
         for k in range(known.size):
-            result[k] = boxed[int(order[k])] if varying[k] else int(known[k])
+            result[k] = Size(sizes[int(order[k])]) if varying[k] else int(known[k])
         self.values[name] = result
         return True
 
@@ -204,7 +226,7 @@ class Builder:
             if isinstance(value, np.ndarray):
                 dtype = self.dtype(name) or torch.int64
                 self.fetched[name] = self.call(
-                    size_kernels.to_tensor, list(value.reshape(-1)), list(value.shape), dtype, self.device()
+                    size_kernels.to_tensor, unwrapped(value), list(value.shape), dtype, self.device()
                 )
             elif name in self.graph.parameters:
                 self.fetched[name] = self.stored(name)
@@ -243,7 +265,7 @@ class Builder:
     def torch_type(self, elem_type: int) -> torch.dtype | None:
         if elem_type in _HALVES and self.half is not None:
             return self.half
-        return TORCH_TYPES.get(elem_type)
+        return TORCH_TYPES.get(elem_type)  # type: ignore[call-overload]
 
     def dtype(self, name: str) -> torch.dtype | None:
         return self.torch_type(self.graph.types.get(name, 0))
@@ -273,43 +295,39 @@ class Builder:
 
     # --- control flow
 
-    def module(self, name: str, module: nn.Module, *args: Any) -> Proxy:
-        target = self.targets.choose(identifier(name))
+    def module(self, node: Node, module: nn.Module, bodies: Mapping[str, GraphModule], args: Sequence[Any]) -> Proxy:
+        """The call of a module that has these bodies, by the attributes that hold them."""
+        target = self.targets.choose(identifier(node.label))
         self.root.add_module(target, module)
-        for inner, path in getattr(module, "stored", {}).items():
-            self.parameters[f"{target}.{inner}"] = (name, *path)
-        return self.tracer.create_proxy("call_module", target, args, {})
+        for attribute, body in bodies.items():
+            for inner, path in body.meta["parameters"].items():
+                self.parameters[f"{target}.{attribute}.{inner}"] = (place(node), attribute, *path)
+        return self.tracer.create_proxy("call_module", target, tuple(args), {})
 
-    def body(self, node: Node, attribute: str) -> tuple[GraphModule, list[Proxy]]:
-        """A body as a mirror of its own. Outer constants that it reads become its constants, other outer tensors
-        further inputs."""
-        outer = onnx.GraphProto()
-        outer.CopyFrom(node.attributes[attribute])
-        wanted = []
-        for name in node.captured:
-            value = self.constant(name)
-            if value is not None and value.dtype.kind in "iufb":
-                outer.initializer.append(onnx.numpy_helper.from_array(value, name))
-            elif self.reads(node.attributes[attribute], name):
-                info = outer.input.add(name=name)
-                info.type.tensor_type.elem_type = self.graph.types.get(name, 0)
-                for size in self.graph.shapes.get(name, ()):
-                    dim = info.type.tensor_type.shape.dim.add()
-                    if size is not None and not self.graph.pins:
-                        dim.dim_value = size
-                wanted.append(name)
-        proto = onnx.ModelProto(ir_version=self.graph.model.proto.ir_version, graph=outer)
-        proto.opset_import.extend(self.graph.model.proto.opset_import)
-        inner = infer(Model(proto, self.graph.model.payloads), self.registry)
-        builder = Builder(inner, self.registry, half=self.half)
-        module = builder.build()
-        return module, [self.tensor(n) for n in wanted]
+    def body(
+        self, node: Node, attribute: str, sources: Sequence[Source | None] = (), *, carried: int = 0
+    ) -> tuple[GraphModule, list[Proxy]]:
+        """A body as a mirror of its own, and the outer tensors that follow its inputs: see `inner_graph`."""
+        graph, wanted, constants = inner_graph(self, node.attributes[attribute], sources, carried=carried)
+        inner = Builder(graph, self.registry, half=self.half, constants=constants)
+        inner.record()
+        self.problems += inner.problems
+        return inner.finish(), [self.tensor(n) for n in wanted]
 
-    @staticmethod
-    def reads(body: onnx.GraphProto, name: str) -> bool:
-        from onnxprune.model.graph import names_used
-
-        return name in names_used(body)
+    def inline(self, node: Node, attribute: str) -> list[Any]:
+        """The outputs of a body that has no inputs of its own, recorded in place."""
+        graph, wanted, constants = inner_graph(self, node.attributes[attribute])
+        inner = Builder(graph, self.registry, half=self.half, constants=constants)
+        inner.root, inner.targets, inner.fx, inner.tracer = self.root, self.targets, self.fx, self.tracer
+        inner.values = {n: self.values[n] if n in self.values else self.tensor(n) for n in wanted}
+        inner.fetched = {n: p for n, p in self.fetched.items() if n in ("training", "device")}
+        inner.learned |= self.learned.intersection(wanted)
+        inner.carried = self.carried.intersection(wanted)
+        inner.visit_all()
+        self.problems += inner.problems
+        self.parameters.update({t: (place(node), attribute, *path) for t, path in inner.parameters.items()})
+        self.carried |= {outer for outer, n in zip(node.outputs, graph.outputs, strict=True) if n in inner.carried}
+        return [inner.values[n] if n in inner.values else inner.tensor(n) for n in graph.outputs]
 
     # --- the end
 
@@ -318,6 +336,19 @@ class Builder:
         tensor = self.tensor(name)
         dtype = self.dtype(name)
         return tensor.to(dtype) if name in self.carried and dtype is not None else tensor
+
+
+def place(node: Node) -> str:
+    """What tells a node from every other one: its first output."""
+    return next(n for n in node.outputs if n)
+
+
+def unused(name: str, taken: set[str]) -> str:
+    """A name for an argument that no other one has."""
+    name = f"{name}_" if keyword.iskeyword(name) else name
+    found = next(c for k in count() if (c := f"{name}_{k}" if k else name) not in taken)
+    taken.add(found)
+    return found
 
 
 def _missing(name: str) -> Any:

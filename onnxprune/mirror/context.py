@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.fx import Proxy
 
+from onnxprune.mirror.sizes import unwrapped
 from onnxprune.model.graph import Node
 from onnxprune.ops.kernels import sizes as size_kernels
 
@@ -74,7 +76,7 @@ class Context:
     def ints(self, i: int) -> Any:
         value = self.builder.elements(self.node.inputs[i])
         if value is not None:
-            return [e if isinstance(e, Proxy) else int(e) for e in value.reshape(-1)]
+            return unwrapped(value)
         return self.call(size_kernels.to_ints, self.tensor(i))
 
     def rank(self, i: int) -> int | None:
@@ -106,11 +108,20 @@ class Context:
     def buffer(self, array: np.ndarray) -> Any:
         return self.builder.buffer(array)
 
-    def body(self, name: str) -> tuple[Any, list[Any]]:
-        return self.builder.body(self.node, name)
+    def body(
+        self, name: str, sources: Sequence[tuple[int, int | None] | None] = (), *, carried: int = 0
+    ) -> tuple[Any, list[Any]]:
+        named = [None if s is None or not self.has(s[0]) else (self.node.inputs[s[0]], s[1]) for s in sources]
+        return self.builder.body(self.node, name, named, carried=carried)
 
-    def module(self, module: Any, *args: Any) -> Any:
-        return self.builder.module(self.node.label, module, *args)
+    def inline(self, name: str) -> list[Any]:
+        return self.builder.inline(self.node, name)
+
+    def module(self, module: Any, bodies: Mapping[str, Any], *args: Any) -> Any:
+        return self.builder.module(self.node, module, bodies, args)
+
+    def is_sequence(self, i: int) -> bool:
+        return self.node.inputs[i] not in self.graph.types
 
     def unsupported(self, reason: str) -> Unsupported:
         return Unsupported(reason)

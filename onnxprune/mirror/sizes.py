@@ -7,6 +7,8 @@ compute that way is left to tensors.
 
 from __future__ import annotations
 
+import operator as arithmetic
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,46 @@ from onnxprune.model.graph import Graph, Node
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
 
-__all__ = ["computed", "merged"]
+__all__ = ["Size", "computed", "unwrapped"]
+
+
+class Size:
+    """A proxy of an integer that numpy takes for a plain object: what it knows is integer arithmetic."""
+
+    __slots__ = ("proxy",)
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+
+    def __bool__(self) -> bool:
+        raise TypeError("a size is known only when the module runs")
+
+
+def _binary(function: Callable[[Any, Any], Any], *, reflected: bool) -> Callable[[Size, Any], Any]:
+    def apply(self: Size, other: Any) -> Any:
+        if not isinstance(other, (int, np.integer, Size)):
+            return NotImplemented
+        operand = other.proxy if isinstance(other, Size) else int(other)
+        return Size(function(operand, self.proxy) if reflected else function(self.proxy, operand))
+
+    return apply
+
+
+for _name, _function in (
+    ("add", arithmetic.add),
+    ("sub", arithmetic.sub),
+    ("mul", arithmetic.mul),
+    ("floordiv", arithmetic.floordiv),
+    ("truediv", arithmetic.floordiv),  # of integers; see `whole`
+    ("mod", arithmetic.mod),
+):
+    setattr(Size, f"__{_name}__", _binary(_function, reflected=False))
+    setattr(Size, f"__r{_name}__", _binary(_function, reflected=True))
+
+
+def unwrapped(values: np.ndarray) -> list[Any]:
+    """Elements as integers and proxies of integers."""
+    return [e.proxy if isinstance(e, Size) else int(e) for e in values.reshape(-1)]
 
 
 def merged(known: np.ndarray, varying: np.ndarray, elements: Any) -> np.ndarray | None:
@@ -27,7 +68,7 @@ def merged(known: np.ndarray, varying: np.ndarray, elements: Any) -> np.ndarray 
     result = np.empty(known.shape, object)
     for k in np.ndindex(known.shape):
         result[k] = elements[k] if varying[k] else known[k].item()
-        if not isinstance(result[k], (int, Proxy)):
+        if not isinstance(result[k], (int, Size)):
             return None
     return result
 
