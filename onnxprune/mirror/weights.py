@@ -6,12 +6,13 @@ A weight is a float tensor in a place where its operator learns: not a statistic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
-from onnxprune.model.graph import Graph, Parameter
+from onnxprune.model.graph import Graph, Parameter, subgraphs
 from onnxprune.ops.registry import Operator
 
 __all__ = ["FLOATS", "weights"]
@@ -22,13 +23,31 @@ MASK_LIMIT = 1e4  # what stands for minus infinity in an attention mask is far b
 
 def weights(graph: Graph, registry: Mapping[str, Operator]) -> set[str]:
     """Names of the parameters that are learnable."""
+    inside: dict[str, list[tuple[str, int]]] = {}
+    for node in graph.nodes:
+        for body in subgraphs(node.proto) if node.captured else ():
+            for name, op, i in reads(body):
+                inside.setdefault(name, []).append((op, i))
     return {
         name
         for name, parameter in graph.parameters.items()
         if parameter.elem_type in FLOATS
-        and any(learns(registry.get(n.op), i, parameter) for n, i in graph.consumers.get(name, ()))
+        and any(
+            learns(registry.get(op), i, parameter)
+            for op, i in [*((n.op, i) for n, i in graph.consumers.get(name, ())), *inside.get(name, ())]
+        )
         and not is_mask(graph, parameter)
     }
+
+
+def reads(body: onnx.GraphProto) -> Iterator[tuple[str, str, int]]:
+    """What the nodes of a body read, as (tensor, operator, input)."""
+    for node in body.node:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        for i, name in enumerate(node.input):
+            yield name, f"{domain}::{node.op_type}" if domain else node.op_type, i
+        for inner in subgraphs(node):
+            yield from reads(inner)
 
 
 def learns(operator: Operator | None, i: int, parameter: Parameter) -> bool:

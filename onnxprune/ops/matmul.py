@@ -284,8 +284,8 @@ def einsum_mirror(m: MirrorContext) -> Any:
 def nbits_mirror(m: MirrorContext) -> Any:
     """The weight is unpacked once, and stays as it is."""
     given = [m.known(i, f"input {i} of the packed weight") if m.has(i) else None for i in range(1, 5)]
-    weight = unpacked(m.node, *given)
-    return F.linear(m.tensor(0), m.buffer(weight.astype(given[1].dtype)).to(m.tensor(0).dtype), m.optional(5))
+    weight = unpacked(m.node, *given).astype(m.known(2, "the scales").dtype)
+    return F.linear(m.tensor(0), m.buffer(weight), m.optional(5))
 
 
 def unpacked(node: NodeView, packed: Any, scales: Any, zero_points: Any, groups: Any) -> np.ndarray:

@@ -461,10 +461,7 @@ def split_mirror(m: MirrorContext) -> Any:
 
 def slice_mirror(m: MirrorContext) -> Any:
     x, rank = m.tensor(0), m.rank(0)
-    if m.node.opset < 10:
-        starts, ends, axes, steps = m.attr("starts"), m.attr("ends"), m.attr("axes"), None
-    else:
-        starts, ends, axes, steps = (m.ints(i) if m.has(i) else None for i in range(1, 5))
+    starts, ends, axes, steps = slice_lists(m)
     axes = list(range(len(starts))) if axes is None and isinstance(starts, list) else axes
     steps = [1] * len(starts) if steps is None and isinstance(starts, list) else steps
     lists = all(isinstance(b, list) for b in (starts, ends, axes, steps))
@@ -480,6 +477,14 @@ def slice_mirror(m: MirrorContext) -> Any:
     while index and index[-1] == slice(None):
         index.pop()
     return x[tuple(index)] if index else x
+
+
+def slice_lists(m: MirrorContext) -> tuple[Any, Any, Any, Any]:
+    """Starts, ends, axes and steps, as written."""
+    if m.node.opset < 10:
+        return m.attr("starts"), m.attr("ends"), m.attr("axes"), None
+    starts, ends, axes, steps = (m.ints(i) if m.has(i) else None for i in range(1, 5))
+    return starts, ends, axes, steps
 
 
 def bound(value: Any, default: int) -> Any:

@@ -5,7 +5,7 @@ A rule sees one node at a time and knows nothing of the graph around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
@@ -394,12 +394,25 @@ class MirrorContext(Protocol):
     def buffer(self, array: np.ndarray) -> Any:
         """A constant tensor that moves with the module."""
 
-    def body(self, name: str) -> tuple[Any, list[Any]]:
+    def body(
+        self, name: str, sources: Sequence[tuple[int, int | None] | None] = (), *, carried: int = 0
+    ) -> tuple[Any, list[Any]]:
         """The body in graph attribute `name` as a module of its own, and the outer tensors that it wants as its last
-        arguments."""
+        arguments.
 
-    def module(self, module: Any, *args: Any) -> Any:
-        """Record the call of a module, which becomes a part of the mirror."""
+        sources: per input of the body the node's input that it is at first, and the axis that is taken off it.
+        carried: how many of the last ones the body's outputs behind the first become in the next iteration.
+        """
+
+    def inline(self, name: str) -> list[Any]:
+        """The outputs of the body in graph attribute `name`, which has no inputs, recorded in place."""
+
+    def module(self, module: Any, bodies: Mapping[str, Any], *args: Any) -> Any:
+        """Record the call of a module, which becomes a part of the mirror. bodies: those that it holds under the
+        names of the graph attributes."""
+
+    def is_sequence(self, i: int) -> bool:
+        """Whether input i is a sequence, or an optional value of unknown kind, and no tensor."""
 
     def unsupported(self, reason: str) -> Exception:
         """To be raised: this form of the operator can't be mirrored."""
