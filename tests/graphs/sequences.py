@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto, helper
 
 from tests.graphs.attention import attention, latents, linear_attention, merged_heads
@@ -122,8 +123,11 @@ def running_sum(b: Builder, x: Tensor) -> Tensor:
 
 
 def positions(b: Builder, x: Tensor) -> Tensor:
-    """Learned position embeddings, cut to the length."""
+    """Learned position embeddings, cut to the length or looked up."""
     t, d = x.size(1), x.size(2)
+    if b.chance():
+        places = b.constant((np.arange(t)[None] + b.pick([0, 1])) * b.pick([1, 2]))
+        return b.add(x, b.node("Gather", [b.weight((2 * t + 2, d), 1), places], (1, t, d), axis=0))
     table = b.weight((1, t + 2, d), 1)
     return b.add(x, b.slice(table, 1, 0, t))
 
