@@ -10,6 +10,7 @@ from onnxprune.ops import (
     generator,
     layout,
     lookup,
+    loss,
     matmul,
     norm,
     pieces,
@@ -18,6 +19,7 @@ from onnxprune.ops import (
     random,
     recurrent,
     reduce,
+    signal,
 )
 from onnxprune.ops.registry import Operator, Registry
 
@@ -33,6 +35,7 @@ _FAMILIES = (
     generator,
     layout,
     lookup,
+    loss,
     matmul,
     norm,
     pieces,
@@ -41,6 +44,7 @@ _FAMILIES = (
     random,
     recurrent,
     reduce,
+    signal,
 )
 
 OPERATORS = Registry(operator for family in _FAMILIES for operator in family.OPERATORS)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
+from onnxprune.ops.lazy import kernels, torch
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, NodeView, PatchContext
+from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
+from onnxprune.ops.unsigned import widened
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "frozen_axes"]
+
+_run = kernels("generator")
 
 
 def shape_axes(c: AxisContext) -> None:
@@ -91,13 +95,74 @@ def _range(n: NodeView, start: Any, limit: Any, delta: Any) -> Any:
     return np.arange(*bounds, dtype=np.asarray(start).dtype)
 
 
+def shape_mirror(m: MirrorContext) -> Any:
+    """Where it is not known in advance: of a rank or sizes that depend on the data."""
+    return m.call(_run.shape_of, m.tensor(0), m.attr("start", 0), m.attr("end"))
+
+
+def filled_mirror(m: MirrorContext) -> Any:
+    value = m.attr("value")
+    fill, dtype = (0.0, torch.float32) if value is None else (_number(value), m.torch_type(value.data_type))
+    if dtype is None:
+        raise m.unsupported(f"torch has no {TensorProto.DataType.Name(value.data_type)}")
+    return m.call(torch.full, m.ints(0), fill, dtype=dtype, device=m.device)
+
+
+def _number(value: TensorProto) -> Any:
+    first = numpy_helper.to_array(value).reshape(-1)[0]
+    return first.item() if first.dtype.kind in "biuf" else float(first)
+
+
+def range_mirror(m: MirrorContext) -> Any:
+    dtype = m.dtype(0)
+    if dtype is None or dtype.is_floating_point:
+        return m.call(_run.stepped, m.tensor(0), m.tensor(1), m.tensor(2))
+    start, limit, delta = (m.ints(i)[0] for i in range(3))
+    if isinstance(start, int) and start == 0 and isinstance(delta, int) and delta == 1:
+        return m.call(torch.arange, limit, dtype=dtype, device=m.device)
+    return m.call(_run.counted, start, limit, delta, dtype, m.device)
+
+
+def one_hot_mirror(m: MirrorContext) -> Any:
+    return m.call(_run.one_hot, m.tensor(0), m.ints(1)[0], m.tensor(2), int(m.attr("axis", -1)))
+
+
+def eye_like_mirror(m: MirrorContext) -> Any:
+    dtype = m.torch_type(int(m.attr("dtype"))) if m.attr("dtype") else m.dtype(0)
+    return m.call(_run.eye_like, m.tensor(0), int(m.attr("k", 0)), dtype)
+
+
+def unique_mirror(m: MirrorContext) -> Any:
+    found = m.call(_run.unique, m.tensor(0), m.attr("axis"), bool(m.attr("sorted", 1)))
+    return [found[j] for j in range(4)]
+
+
 OPERATORS = (
     Operator("Constant", stored=_constant),
-    Operator("Shape", shape_axes, from_shape=_shape),
-    Operator("Size", shape_axes, from_shape=lambda n, shape: np.array(int(np.prod(shape)), np.int64)),
-    Operator("ConstantOfShape", filled_axes, filled_dead, patch=patch_filled, evaluate=_filled, stored=_fill),
-    Operator("Range", frozen_axes, evaluate=_range),
-    Operator("NonZero", evaluate=lambda n, x: np.array(np.nonzero(x), np.int64), discrete=True),
-    Operator("Unique", discrete=True),
-    Operator("OneHot", None, evaluate=_one_hot),
+    Operator("Shape", shape_axes, from_shape=_shape, mirror=shape_mirror),
+    Operator(
+        "Size",
+        shape_axes,
+        from_shape=lambda n, shape: np.array(int(np.prod(shape)), np.int64),
+        mirror=lambda m: m.call(_run.size_of, m.tensor(0)),
+    ),
+    Operator(
+        "ConstantOfShape",
+        filled_axes,
+        filled_dead,
+        patch=patch_filled,
+        evaluate=_filled,
+        stored=_fill,
+        mirror=filled_mirror,
+    ),
+    Operator("Range", frozen_axes, evaluate=_range, mirror=range_mirror, fixed=frozenset({0, 1, 2})),
+    Operator(
+        "NonZero",
+        evaluate=lambda n, x: np.array(np.nonzero(x), np.int64),
+        discrete=True,
+        mirror=widened(lambda m: torch.nonzero(m.tensor(0)).t()),
+    ),
+    Operator("Unique", discrete=True, mirror=widened(unique_mirror)),
+    Operator("OneHot", None, evaluate=_one_hot, mirror=widened(one_hot_mirror), fixed=frozenset({1, 2})),
+    Operator("EyeLike", mirror=eye_like_mirror),
 )
