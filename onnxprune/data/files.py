@@ -38,16 +38,8 @@ def test_sets(folder: Path) -> list[Path]:
 
 def mapping_records(arrays: Mapping[str, np.ndarray], fit: Fit, name: str, label: str) -> FileRecords:
     """Records of arrays that are held or mapped as a whole. label: in messages; name: in the description."""
-    pair = _meant(arrays, fit, label)
+    pair = fit.split(arrays, label)
     return FileRecords([label], fit, outline=lambda k: pair, read=lambda k: pair, description=name)
-
-
-def _meant(arrays: Mapping[str, np.ndarray], fit: Fit, where: str) -> Pair:
-    """Inputs and targets; without single numbers and texts that stand beside the data, which are no targets."""
-    inputs, others = fit.split(arrays, where)
-    lengths = {a.shape[0] for a in inputs.values() if a.ndim}
-    notes = {n for n, a in others.items() if a.ndim == 0 or (a.dtype.kind in "US" and a.shape[0] not in lengths)}
-    return inputs, {n: a for n, a in others.items() if n not in notes}
 
 
 def open_arrays(path: Path, fit: Fit, scratch: Scratch) -> FileRecords:
@@ -72,10 +64,10 @@ def open_arrays(path: Path, fit: Fit, scratch: Scratch) -> FileRecords:
                 )
             return {fit.names[0]: map_npy(file)}, {}
         if not values:
-            return _meant(outline(file), fit, str(file))
+            return fit.split(outline(file), str(file))
         # A file that is one sample is read when its turn comes; a larger one is looked into at many places.
         single = 1 < len(files) == records.count
-        return _meant(map_npz(file, None if single else scratch), fit, str(file))
+        return fit.split(map_npz(file, None if single else scratch), str(file))
 
     records = FileRecords(
         [str(f) for f in files],

@@ -70,7 +70,10 @@ def as_array(value: Any, name: str, where: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except Exception as error:
-        raise DataError(f"{where} gives {name} as {type(value).__name__}, which makes no array: {error}") from None
+        raise DataError(
+            f"{where} gives {name} as {type(value).__name__}, which makes no array: {error}",
+            "give numpy arrays or torch tensors; lists need rows of one length",
+        ) from None
     if array.dtype == object:
         raise DataError(
             f"{where} gives {name} as {type(value).__name__}, which makes no array of numbers",
@@ -147,7 +150,11 @@ class Fit:
                 raise self._misfit(port, inputs[port.name].shape, where)
             self._check_dtype(port, views[port.name].dtype, where)
         count = self._count(views, where)
-        rows = {n: self._target(n, a, single, squeeze, count, where) for n, a in targets.items()}
+        rows = {
+            n: self._target(n, a, single, squeeze, count, where)
+            for n, a in targets.items()
+            if single or not _is_note(a, count)
+        }
         self.whole, self._admitted = whole, True
         return Rows(views, rows, count, where, single)
 
@@ -174,11 +181,11 @@ class Fit:
         return next(iter(counts.values()))
 
     def _target(self, name: str, array: np.ndarray, single: bool, squeeze: bool, count: int, where: str) -> np.ndarray:
-        rows = array if not single and array.ndim == 0 else self._rows(array, single, squeeze)
-        if rows.ndim == 0 or len(rows) != count:
-            found = f"{len(rows)} rows" if rows.ndim else "a single number"
+        rows = self._rows(array, single, squeeze)
+        if len(rows) != count:
+            samples = f"{count} sample{'s' if count != 1 else ''}"
             raise DataError(
-                f"{where} gives {count} sample{'s' if count != 1 else ''}, but {found} for the target '{name}'",
+                f"{where} gives {samples}, but {len(rows)} rows for the target '{name}'",
                 "every array that is no input is a target and needs one row per sample; leave out what is none",
             )
         return rows
@@ -271,6 +278,11 @@ class Fit:
                     f"{where} gives the target '{name}' as {texts[0]}, the data before it as {texts[1]}",
                     "give it the same form every time",
                 )
+
+
+def _is_note(array: np.ndarray, count: int) -> bool:
+    """Whether an array beside a batch is no target, but a single number or a list of names such as the classes."""
+    return array.ndim == 0 or (array.dtype.kind in "US" and array.shape[0] != count)
 
 
 def castable(found: np.dtype, wanted: np.dtype) -> bool:

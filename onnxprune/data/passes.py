@@ -95,7 +95,7 @@ class Passes:
         except Exception as error:
             if isinstance(error, TypeError) and not hasattr(found, "__iter__"):
                 raise DataError(
-                    f"{self._name} gives no data: a {type(found).__name__} is nothing to iterate over",
+                    f"{self._name} is no data: {type(found).__name__} is nothing to iterate over",
                     "give arrays, or an iterable of dicts or (inputs, target) pairs, or an object with get_next()",
                 ) from None
             raise hook_error(self._name, error) from error

@@ -32,11 +32,11 @@ Size = int | tuple[int, int]
 
 
 def channel_axis(port: Port) -> int | None:
-    """The axis of an image input's channels: 1, or 3 where only that has an image's channel count; None where the
-    input is no image (its rank is not 4)."""
+    """The axis of an image input's channels: 1 or 3, whichever has an image's channel count, 1 in doubt; None where
+    the input is no image (its rank is not 4)."""
     if port.shape is None or len(port.shape) != 4:
         return None
-    return 3 if port.shape[3] in (1, 3, 4) and port.shape[1] not in (1, 3, 4) else 1
+    return next((axis for counts in ((1, 3), (4,)) for axis in (1, 3) if port.shape[axis] in counts), 1)
 
 
 @dataclass(frozen=True, slots=True)

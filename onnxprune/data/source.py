@@ -173,7 +173,7 @@ def _samples(made: Any, name: str, fit: Fit) -> ItemRecords | None:
     except Exception as error:
         raise hook_error(f"{name}[0]", error) from error
     if not count:
-        raise DataError(f"{name} is empty: it gave no data")
+        raise DataError(f"{name} is empty", "give at least one sample")
     where = f"{name}[0]"
     return ItemRecords(made, name, fit) if fit.admit(*parse_item(first, fit, where), where).single else None
 

@@ -129,7 +129,7 @@ class ItemRecords:
     def __init__(self, items: Any, name: str, fit: Fit) -> None:
         self._items, self._name, self._fit = items, name, fit
         self.count = len(items)
-        self.description = f"{name} ({counted(self.count, 'sample')})"
+        self.description = f"{name} ({counted(self.count, 'feed' if fit.whole else 'sample')})"
 
     def rows(self, index: np.ndarray, key: tuple[int, int]) -> Iterator[Rows]:
         """See Records."""
