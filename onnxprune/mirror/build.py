@@ -281,7 +281,8 @@ class Builder:
     def device(self) -> Any:
         """Where the first input lies, or else a weight."""
         if "device" not in self.fetched:
-            source = next((v for n in self.graph.inputs if isinstance(v := self.values.get(n), Proxy)), None)
+            tensors = (n for n in self.graph.inputs if n in self.graph.types)  # and not sequences
+            source = next((v for n in tensors if isinstance(v := self.values.get(n), Proxy)), None)
             if source is None:
                 source = self.buffer(np.zeros((), np.float32))
             self.fetched["device"] = self.call(getattr, source, "device")
