@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class Fit:
         self.preprocess = preprocess
         self.names = tuple(p.name for p in signature.inputs)
         self.image_inputs = any(channel_axis(p) is not None for p in signature.inputs)
-        self.whole = signature.whole
+        self._apart = self.whole = signature.whole
+        self._fixed = signature.batch
         self._admitted = False
         self._targets: dict[str, tuple[np.dtype, int]] | None = None
         if preprocess.layout is not None and not self.image_inputs:
@@ -133,7 +135,7 @@ class Fit:
         views: Arrays = {}
         for port in self.signature.inputs:
             array = self.preprocess.oriented(port, inputs[port.name])
-            if ranks.get(port.name, extra) != extra or not -1 <= extra <= 1 or (self.signature.whole and extra < 0):
+            if ranks.get(port.name, extra) != extra or not -1 <= extra <= 1 or (self._apart and extra < 0):
                 raise self._misfit(port, inputs[port.name].shape, where)
             views[port.name] = array
         whole = self._wholeness(views, extra)
@@ -160,9 +162,9 @@ class Fit:
 
     def _wholeness(self, views: Arrays, extra: int) -> bool:
         """Whether rows are feeds: by the signature, or because the data stacks feeds that can't be merged."""
-        if self.signature.whole or extra != 1:
-            return self.signature.whole
-        return self.signature.batch not in (None, 1) or any(a.shape[1] != 1 for a in views.values())
+        if self._apart or extra != 1:
+            return self._apart
+        return self._fixed not in (None, 1) or any(a.shape[1] != 1 for a in views.values())
 
     @staticmethod
     def _rows(array: np.ndarray, single: bool, squeeze: bool) -> np.ndarray:
@@ -191,8 +193,12 @@ class Fit:
         return rows
 
     def _check_dtype(self, port: Port, found: np.dtype, where: str) -> None:
-        wants = f"input '{port.name}' wants {_dtype_text(port.dtype)}, {where} gives {_dtype_text(found)}"
-        if self.preprocess.applies(port, image_inputs=self.image_inputs):
+        changed = self.preprocess.applies(port, image_inputs=self.image_inputs)
+        if not changed and castable(found, port.dtype):
+            return
+        wanted = "text" if port.dtype.kind == "O" else _dtype_text(port.dtype)
+        wants = f"input '{port.name}' wants {wanted}, {where} gives {_dtype_text(found)}"
+        if changed:
             if not _floating(port.dtype):
                 raise DataError(
                     f"input '{port.name}' wants {_dtype_text(port.dtype)}, and --preprocess scale, mean and std "
@@ -202,8 +208,6 @@ class Fit:
             if found.kind in "biu" or _floating(found):
                 return
             raise DataError(wants, "--preprocess works on numbers only")
-        if castable(found, port.dtype):
-            return
         short = port.name if port.name.isidentifier() else "x"
         hint = f"convert it: {short}.astype(np.{_dtype_text(port.dtype)})"
         if found == np.uint8 and _floating(port.dtype):
@@ -230,7 +234,7 @@ class Fit:
             if port.shape[k] == 1 and _fits(port, _inserted(found, at + 1)):
                 what = "channel axis" if k == axis else "axis of size 1"
                 return f"the {what} is missing: give np.expand_dims(x, {at})"
-        if self.signature.whole:
+        if self._apart:
             return f"the inputs share no batch axis: give complete feeds, of shape {port} each, or a stack of them"
         known = [d for d in port.shape[1:] if d is not None]
         if len(known) == len(port.shape) - 1 and len(found) > 1 and np.prod(found[1:]) == np.prod(known):
@@ -285,6 +289,7 @@ def _is_note(array: np.ndarray, count: int) -> bool:
     return array.ndim == 0 or (array.dtype.kind in "US" and array.shape[0] != count)
 
 
+@cache
 def castable(found: np.dtype, wanted: np.dtype) -> bool:
     """Whether values may be cast without a word: the same dtype, text, integers that widen, float32 and float64 to
     whatever floats the model takes, other floats to wider ones."""
@@ -297,12 +302,13 @@ def castable(found: np.dtype, wanted: np.dtype) -> bool:
     return wanted.kind in "iu" and found.kind in "iu" and np.can_cast(found, wanted)
 
 
+@cache
 def _floating(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16" or dtype.name.startswith("float")
 
 
 def _dtype_text(dtype: np.dtype) -> str:
-    return "text" if dtype.kind in "OUST" else dtype.name
+    return "text" if dtype.kind in "UST" else dtype.name
 
 
 def _agree(want: Sequence[int | None], found: Sequence[int]) -> bool:

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,43 +20,58 @@ __all__ = ["Draws", "ItemRecords", "parse_item"]
 
 class Draws:
     """The random numbers of a user's code: while it runs, Python's, numpy's and torch's global generators (those of
-    modules that are imported) follow a stream of their own, begun from `key`; afterwards they are as they were.
+    modules that are imported) follow a stream of their own, begun from `key`; afterwards they are as they were, save
+    for the second of a pair of normals that numpy may have kept.
 
     So the same epoch draws the same, in another process and after a resume, whatever the training draws in between.
     """
 
     def __init__(self, *key: int) -> None:
+        self._numpy = np.random.MT19937(0)  # takes longer to make than to seed
+        self._outer = _State(None, None, None)
+        self.restart(*key)
+
+    def restart(self, *key: int) -> None:
+        """Begin another stream."""
         self._key = [abs(k) for k in key]
-        self._own: list[Any] | None = None
-        self._outer: list[Any] = []
+        self._own: _State | None = None
 
     def __enter__(self) -> None:
-        self._outer = _states()
+        self._outer = _State.current()
         if self._own is not None:
-            _restore(self._own)
+            self._own.install()
             return
         number = int(np.random.SeedSequence(self._key).generate_state(1)[0])
         random.seed(number)
+        np.random.set_bit_generator(self._numpy)
         np.random.seed(number)
-        if "torch" in sys.modules:
+        if self._outer.torch is not None:
             sys.modules["torch"].default_generator.manual_seed(number)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._own = _states()
-        _restore(self._outer)
+        self._own = _State.current()
+        self._outer.install()
 
 
-def _states() -> list[Any]:
-    torch = sys.modules.get("torch")
-    return [random.getstate(), np.random.get_state(), torch.get_rng_state() if torch else None]
+class _State(NamedTuple):
+    """Where the global generators are; numpy's is swapped as an object, which is much faster than copying it."""
 
+    python: Any
+    numpy: Any
+    torch: Any
 
-def _restore(states: list[Any]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch = sys.modules.get("torch")
-    if torch and states[2] is not None:
-        torch.set_rng_state(states[2])
+    @classmethod
+    def current(cls) -> _State:
+        torch = sys.modules.get("torch")
+        # A torch that is being imported, by another thread, has no generator yet.
+        generator = getattr(torch, "default_generator", None)
+        return cls(random.getstate(), np.random.get_bit_generator(), generator.get_state() if generator else None)
+
+    def install(self) -> None:
+        random.setstate(self.python)
+        np.random.set_bit_generator(self.numpy)
+        if self.torch is not None:
+            sys.modules["torch"].default_generator.set_state(self.torch)
 
 
 def parse_item(item: Any, fit: Fit, where: str) -> Pair:
@@ -128,6 +143,7 @@ class ItemRecords:
 
     def __init__(self, items: Any, name: str, fit: Fit) -> None:
         self._items, self._name, self._fit = items, name, fit
+        self._draws = Draws()
         self.count = len(items)
         self.description = f"{name} ({counted(self.count, 'feed' if fit.whole else 'sample')})"
 
@@ -139,7 +155,8 @@ class ItemRecords:
                 if isinstance(self._items, (list, tuple)):
                     item = self._items[k]
                 else:
-                    with Draws(*key, k):
+                    self._draws.restart(*key, k)
+                    with self._draws:
                         item = self._items[k]
             except Exception as error:
                 raise hook_error(where, error) from error
