@@ -37,6 +37,7 @@ class Passes:
     def __init__(self, made: Any, make: Callable[[], Any] | None, name: str, fit: Fit, scratch: Scratch) -> None:
         self._object, self._make, self._name, self._fit, self._scratch = made, make, name, fit, scratch
         self._copy: _Copy | None = None
+        self._turn = 0
         items = self._items(self._iterate(), Draws(0, 0))
         first = next(items, None)
         if first is None:
@@ -101,9 +102,16 @@ class Passes:
             raise hook_error(self._name, error) from error
 
     def _items(self, iterator: Iterator[Any], draws: Draws) -> Iterator[Item]:
-        number = 0
+        """Named items; a rewound reader can't serve an older pass any more, which is said and not left to chance."""
+        number, found = 0, self._object
+        self._turn = turn = self._turn + 1
         while True:
             where = f"item {number} of {self._name}"
+            if turn != self._turn and self._object is found and hasattr(found, "rewind"):
+                raise DataError(
+                    f"{self._name} was rewound for another pass before this one was at its end",
+                    "a reader has one place: give a generator function or a list where several passes go on at once",
+                )
             try:
                 with draws:
                     item = next(iterator, _END)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.random import mtrand
 
 from onnxprune.data.fit import Fit, Rows, as_array
 from onnxprune.data.hooks import hook_error, quoted
@@ -43,7 +44,7 @@ class Draws:
             return
         number = int(np.random.SeedSequence(self._key).generate_state(1)[0])
         random.seed(number)
-        np.random.set_bit_generator(self._numpy)
+        mtrand.set_bit_generator(self._numpy)
         np.random.seed(number)
         if self._outer.torch is not None:
             sys.modules["torch"].default_generator.manual_seed(number)
@@ -65,11 +66,11 @@ class _State(NamedTuple):
         torch = sys.modules.get("torch")
         # A torch that is being imported, by another thread, has no generator yet.
         generator = getattr(torch, "default_generator", None)
-        return cls(random.getstate(), np.random.get_bit_generator(), generator.get_state() if generator else None)
+        return cls(random.getstate(), mtrand.get_bit_generator(), generator.get_state() if generator else None)
 
     def install(self) -> None:
         random.setstate(self.python)
-        np.random.set_bit_generator(self.numpy)
+        mtrand.set_bit_generator(self.numpy)
         if self.torch is not None:
             sys.modules["torch"].default_generator.set_state(self.torch)
 

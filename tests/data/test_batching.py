@@ -120,6 +120,13 @@ def test_a_fixed_batch_size_is_kept_to_and_the_rest_left_out(kind: str, cuts: tu
         list(source.batches(1, world=3))
 
 
+def test_no_fixed_batch_is_made_of_different_sizes() -> None:
+    pieces = [np.full((n, size), size, np.float32) for n, size in ((3, 5), (6, 7), (4, 2))]
+    for shuffle in (False, True):
+        found = [b.inputs["x"].shape for b in open_data(lambda: pieces, one(4, None)).batches(4, shuffle=shuffle)]
+        assert found == [(4, 7), (4, 2)]
+
+
 def test_a_fixed_batch_size_is_told_where_it_leaves_samples_out() -> None:
     assert source_of("array", 10, one(4, 2)).size == 8
     assert "the last 2 left out: the model takes batches of 4" in source_of("array", 10, one(4, 2)).description
