@@ -25,7 +25,7 @@ def whole(*values: Any, dtype: str = "int64") -> np.ndarray:
     return np.array(values, dtype)
 
 
-X, Y = f(*SHAPE), f(*SHAPE, low=0.5)
+X, Y = f(*SHAPE), f(*SHAPE, low=0.57, high=3.1)
 POSITIVE, INSIDE, ABOVE = f(*SHAPE, low=0.3), f(*SHAPE, low=-0.9, high=0.9), f(*SHAPE, low=1.1)
 INTEGERS, DIVISORS = whole(-7, -6, 0, 7), whole(2, -4, 3, -4)
 YES = np.array([[True, False, True, False]])
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str, list[Any], tuple[int, ...], dict[str, Any]]] = {
     **{f"{op} number": (op, [X, HALF], (1,), {}) for op in ["Add", "Sub", "Mul", "Div", "Max", "Min"]},
     **{f"number {op}": (op, [HALF, POSITIVE], (0,), {}) for op in ["Add", "Sub", "Mul", "Div", "Max", "Min"]},
     **{f"{op} wider number": (op, [HALF.reshape(1, 1), f(4, low=1)], (0,), {}) for op in ["Add", "Div", "Max"]},
-    **{f"{op} of three": (op, [X, Y[:1], f(3, 1)], (), {}) for op in ["Max", "Min", "Sum", "Mean"]},
+    **{f"{op} of three": (op, [X, Y[:1], f(3, 1, low=-2)], (), {}) for op in ["Max", "Min", "Sum", "Mean"]},
     **{f"{op} of one": (op, [X], (), {}) for op in ["Max", "Min", "Sum", "Mean"]},
     **{f"{op} integers": (op, [INTEGERS, DIVISORS], (1,), {}) for op in ["Add", "Sub", "Mul", "Div", "Max", "Mod"]},
     "Div integers by a number": ("Div", [INTEGERS, whole(4)], (1,), {}),
