@@ -16,7 +16,7 @@ from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.infer import infer
-from onnxprune.model.load import load, open_model
+from onnxprune.model.load import load, open_model, understood
 from onnxprune.model.payload import Mapped
 from onnxprune.model.profile import costs, summary
 from onnxprune.model.save import place, write
@@ -224,7 +224,7 @@ def _load(
 ) -> Graph:
     opened = open_model(model)
     if not shapes:
-        return infer(opened, registry)
+        return understood(opened, registry)
     from onnxprune.verify.inputs import pins_of
 
     first = infer(opened, registry)
@@ -234,7 +234,7 @@ def _load(
             f"--input-shapes names '{sorted(unknown)[0]}', which is no input",
             f"the inputs are {', '.join(first.inputs)}",
         )
-    return infer(opened, registry, pins_of(first, shapes))
+    return understood(opened, registry, pins_of(first, shapes))
 
 
 def _free(path: Path, model: object, force: bool) -> Path:

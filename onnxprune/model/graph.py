@@ -88,12 +88,16 @@ class Parameter:
 
 @dataclass(eq=False)
 class Model:
-    """A ModelProto without the bytes of its large tensors, and the payloads that hold them, by reference."""
+    """A ModelProto without the bytes of its large tensors, and the payloads that hold them, by reference.
+
+    nbytes: size of the model's files; folded: how many of these bytes folding at load made superfluous.
+    """
 
     proto: onnx.ModelProto
     payloads: dict[str, Payload] = field(default_factory=dict)
     source: str = ""
     nbytes: int = 0
+    folded: int = 0
 
     def payload(self, tensor: TensorProto) -> Payload | None:
         """The payload of a tensor; None where its data stands in the proto itself."""

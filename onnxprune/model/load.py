@@ -2,7 +2,7 @@
 
 Rules:
 1. The input is never touched, and its weights are never copied: they are mapped, or referenced where they stand.
-2. Model-local functions are inlined.
+2. Model-local functions are inlined, weights that are computed from statistics of weights are stored.
 3. What is not a valid model is refused with ModelRejected, which says what was expected and what was found.
 4. External data must lie in the model's folder or below it, and be as long as the model says.
 """
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
 from onnxprune.errors import ModelRejected
+from onnxprune.model.fold import with_statistics_folded
 from onnxprune.model.graph import Graph, Model, subgraphs
 from onnxprune.model.infer import infer
 from onnxprune.model.payload import Computed, Mapped, MappedFile, nbytes
@@ -25,7 +26,7 @@ from onnxprune.model.wire import INLINE_LIMIT, Malformed, skeleton
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
 
-__all__ = ["load", "open_model", "stored_tensors"]
+__all__ = ["load", "open_model", "stored_tensors", "understood"]
 
 OLDEST_OPSET = 7
 _ELEMENTS = set(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
@@ -42,7 +43,14 @@ def load(
     pins: sizes of symbolic dimensions by name, where the caller wants particular ones.
     Raises ModelRejected.
     """
-    return infer(open_model(model), registry, pins)
+    return understood(open_model(model), registry, pins)
+
+
+def understood(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int] | None = None) -> Graph:
+    """An opened model with the shapes of its tensors; weights that depend on statistics of weights are folded."""
+    graph = infer(model, registry, pins)
+    folded = with_statistics_folded(graph, registry)
+    return graph if folded is None else infer(folded, registry, pins)
 
 
 def open_model(model: str | os.PathLike[str] | onnx.ModelProto) -> Model:

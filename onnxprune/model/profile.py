@@ -110,7 +110,7 @@ def costs(analysis: Analysis) -> dict[str, Cost]:
         if known is not None and tensor.name not in first and known.elem_type not in NO_PARAMETERS:
             params.add(float(graph.parameters[tensor.name].size), ())
     stored = size.constant + sum(c * prod(e.size for e in axes) for axes, c in size.terms.items())
-    size.constant += max(graph.model.nbytes - stored, 0)
+    size.constant += max(graph.model.nbytes - graph.model.folded - stored, 0)
     batch = batch_size(graph)
     for node in graph.nodes:
         operator = analysis.registry.get(node.op)
