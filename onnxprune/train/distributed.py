@@ -8,6 +8,7 @@ Decisions are made from numbers that all processes have exchanged, never from on
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -80,24 +81,32 @@ class Team:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Team]:
-    """The team of this process: of torch's process group where there is one, else the one that torchrun's environment
-    describes (left again afterwards), else this process alone."""
+    """The team of this process: of torch's process group where there is one, else of one that is made as torchrun's
+    environment describes, else this process alone.
+
+    The group is left at the process's end only: under torchrun, whose store outlives it, a second one can't be made.
+    """
     if not dist.is_available():
         yield Team()
         return
-    begun = not dist.is_initialized() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if begun:
+    if not dist.is_initialized() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield Team()
+        return
+    control = dist.new_group(backend="gloo")
     try:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            yield Team()
-        else:
-            yield Team(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        yield Team(dist.get_rank(), dist.get_world_size(), control)
     finally:
-        if begun:
-            dist.destroy_process_group()
+        dist.destroy_process_group(control)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class GradientSum:

@@ -52,7 +52,8 @@ def train(
     student, teacher: called as student(*inputs in the order of input_names), give a tensor or a tuple in the order of
         output_names. The teacher is not trained; it is called where the criterion needs it.
     criterion: (outputs, *, teacher, targets) to a scalar, a mean over samples. Its `state_dict`, where it has one, is
-        kept in checkpoints; its `calibrate`, where nothing has been calibrated yet, is given the teacher's outputs.
+        kept in checkpoints (the first process's: it should be the same in all). Its `calibrate`, where nothing has been
+        calibrated yet, is given the teacher's outputs.
     run_dir: where checkpoints go; without one the last state is kept in memory, to go back to. resume: continue what
         stands there (from the beginning, where that is nothing). identity: plain values that tell this run from
         others (the model, the data, the loss): it is continued under the same ones only.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) 
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in (*decayed, *free))
-    how = {"fused": True} if fused else {"foreach": True}
+    how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, **how)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, **how)  # type: ignore[arg-type]
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, **how)
 
 
 def set_rate(optimizer: Optimizer, factor: float) -> None:

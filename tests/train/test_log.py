@@ -55,8 +55,8 @@ def test_csv_and_jsonl_hold_the_same_numbers(tmp_path: Path) -> None:
         log = LogFile(tmp_path / name)
         log(replace(ROW, more={"lambda": 0.5}))
         log.close()
-    (row,) = csv.DictReader(open(tmp_path / "log.csv"))
-    (line,) = [json.loads(text) for text in open(tmp_path / "log.jsonl")]
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert row["step"] == "30" and float(row["loss"]) == 0.51237 and row["metric"] == "" and row["seconds"] == "12.346"
     assert line == {"step": 30, "epoch": 1, "seconds": 12.346, "loss": 0.51237, "lr": 0.01, "samples_per_s": 812.35,
                     "eta_s": 95.2, "sparsity": 0.25, "lambda": 0.5}  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_log_can_only_be_csv_or_jsonl_and_where_there_is_a_folder(tmp_path: Pa
 def test_a_run_writes_its_losses(tmp_path: Path) -> None:
     lines: list[Row] = []
     _, result = run(steps=20, log_file=tmp_path / "log.jsonl", log_every=5, progress=lines.append)
-    rows = [json.loads(text) for text in open(tmp_path / "log.jsonl")]
+    rows = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
     assert sum(row["loss"] for row in rows) / 4 == pytest.approx(result.last_loss, rel=1e-6)
     assert lines[0].step == 1 and lines[-1].step == 20 and lines[0].loss == pytest.approx(result.first_loss)
