@@ -17,6 +17,7 @@ import click
 
 from onnxprune._version import __version__
 from onnxprune.errors import OnnxPruneError, UsageError
+from onnxprune.options import training_arguments, training_options
 
 __all__ = ["main"]
 
@@ -28,7 +29,7 @@ Exit codes:
     1  internal error
     2  usage: an option or argument makes no sense
     3  model rejected, or nothing in it is prunable
-    4  target not met
+    4  target or --max-drop not met
     5  verification failed, nothing was written
     6  data or hook failed
   130  interrupted
@@ -138,6 +139,11 @@ class _Progress:
     def __call__(self, stage: str) -> None:
         if self.shown:
             click.echo(f"\r\x1b[K{stage} ...", err=True, nl=False)
+
+    def step(self, row: Any) -> None:
+        """The state of a training run."""
+        if self.shown:
+            click.echo(f"\r\x1b[K{row.line()}", err=True, nl=False)
 
 
 def _parse_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Shapes:
@@ -262,6 +268,7 @@ def main() -> None:
 @_json
 @_option("--no-latency", is_flag=True, help="Don't measure latency.")
 @_threads
+@training_options
 @_verbose
 @_quiet
 @_seed
@@ -276,14 +283,21 @@ def compress(
     input_shapes: Shapes,
     **options: Any,
 ) -> None:
-    """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default)."""
+    """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default).
+
+    With --data the pruned model is trained on it, by default to give what the original gives.
+    """
     path = Path(model)
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
     _check_json(json_to, path, output)
     from onnxprune import pipeline
+    from onnxprune.accuracy import is_first_process
     from onnxprune.report.document import compress_document
     from onnxprune.report.terminal import compress_report
 
+    options |= training_arguments(options, seed=options["seed"])
+    if not is_first_process():
+        json_to, quiet = None, True
     with _Progress(quiet=quiet) as progress:
         result = pipeline.compress(
             model,
@@ -291,6 +305,7 @@ def compress(
             latency=not no_latency,
             input_shapes=input_shapes or None,
             progress=progress,
+            on_step=progress.step,
             **options,
         )
     _deliver(

@@ -6,11 +6,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
+from typing import TYPE_CHECKING
 
 import onnx
 
+from onnxprune.accuracy import DEFAULT_RECIPE, Recipe, Work, is_first_process
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
@@ -29,7 +32,11 @@ from onnxprune.select.choose import Choice, choose
 from onnxprune.select.importance import Criterion
 from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_settings
 from onnxprune.select.target import parse_target
+from onnxprune.train.settings import TrainSettings
 from onnxprune.verify.equivalence import prove
+
+if TYPE_CHECKING:
+    from onnxprune.train.log import Row
 
 __all__ = ["Inspection", "analyse", "compress", "inspect", "verify"]
 
@@ -88,26 +95,44 @@ def compress(
     latency: bool = False,
     threads: int = 1,
     input_shapes: Shapes | None = None,
+    data: object = None,
+    train: TrainSettings | None = None,
+    evaluate: str | None = None,
+    max_drop: float | None = None,
+    recipe: Recipe = DEFAULT_RECIPE,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     registry: Mapping[str, Operator] = OPERATORS,
     progress: Progress | None = None,
+    on_step: Callable[[Row], None] | None = None,
 ) -> Result:
-    """Prune a model one-shot to a target, prove the surgery in onnxruntime, and write it.
+    """Prune a model to a target, prove the surgery in onnxruntime, train what is left where there is data, and write
+    it.
 
     output: where to write; nothing is written where it is None (the pruned model is in the result).
     target: what is to remain, such as 'macs=0.5', 'params=40%', 'size=5MB', 'macs=1.2G', 'channels=0.5'.
     deploy, align: the block that kept counts are multiples of (`select.align`). floor: least share a group keeps.
     exclude: regular expressions of initializer and node names to leave alone.
     input_shapes: sizes of inputs with symbolic dimensions, for costs, the proof and latency.
+    data: what to train on, in any form that `data.open_data` takes. train: how, and for how long. recipe: the loss, and
+        what is done to the data.
+    evaluate: a metric of `metrics.parse_metric`, taken in onnxruntime of the original, the pruned and the written
+        model. max_drop: what it may lose, as a fraction.
+    run_dir, resume: where the training keeps checkpoints, and whether it goes on from there.
+    progress: called with the name of each stage, on_step: with the state of the training.
 
-    Raises UsageError, ModelRejected, NothingPrunable, TargetNotReached, VerificationFailed. Where it raises, nothing
-    has been written.
+    Raises UsageError, ModelRejected, NothingPrunable, TargetNotReached, VerificationFailed; DataError for what goes
+    wrong in data, hooks and training; NotMirrored where the model can't be trained. Where it raises, nothing has been
+    written (but for checkpoints in run_dir).
     """
     goal = parse_target(target)
     block = block_size(deploy, align)
-    destination = None if output is None else _free(Path(output), model, force)
+    first = is_first_process()
+    destination = None if output is None or not first else _free(Path(output), model, force)
     clock = _Clock(progress)
     clock.start("load")
     graph = _load(model, registry, input_shapes)
+    work = Work.prepared(graph, data, train, evaluate, max_drop, recipe, registry=registry, threads=threads)
     clock.start("analyse")
     analysis = analyse_graph(graph, registry=registry, exclude=exclude)
     clock.start("select")
@@ -150,9 +175,14 @@ def compress(
         clock.start("verify")
         result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes, model=pruned)
         smaller = infer(open_model(path), registry, graph.pins)
+        result.model = pruned
+        if work is not None:
+            how = partial(work.run, run_dir=run_dir, resume=resume, shapes=input_shapes, on_step=on_step)
+            smaller = how(smaller, path, result, stage=clock.start)
+            result.model = smaller.model
         shown = destination.name if destination else f"{name} (pruned)"
         result.after = summary(smaller.model, shown, costs(analyse_graph(smaller, registry=registry)))
-        if latency and graph.model.source:
+        if latency and first and graph.model.source:
             clock.start("latency")
             result.latency = _latency(graph.model.source, path, threads, input_shapes, seed, result.warnings)
         clock.start("write")
@@ -164,7 +194,6 @@ def compress(
         _spare_external_data(destination, graph.model)
         place(destination, produce)
         result.output = str(destination)
-    result.model = pruned
     result.timing = clock.stop()
     return result
 

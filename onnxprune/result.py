@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from onnxprune.model.graph import Model
     from onnxprune.select.plan import Plan
 
-__all__ = ["Latency", "LatencyStats", "ModelSummary", "Result", "TargetOutcome", "Verification"]
+__all__ = ["Accuracy", "Latency", "LatencyStats", "ModelSummary", "Result", "TargetOutcome", "Training", "Verification"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,44 @@ class Latency:
         return self.before.median_ms / self.after.median_ms
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the pruned model was trained. seconds: over all parts of a run that was resumed.
+
+    first_loss, last_loss: of the first step, and the mean of the last ones. backoffs: how often the rate was halved.
+    batchnorms_inserted: put in for training, and folded again. mirror_error_*: the torch module against the file in
+    onnxruntime, relative, before training and after it.
+    """
+
+    loss: str
+    data: str
+    steps: int
+    epochs: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    samples_per_s: float
+    backoffs: int
+    resumed_from: int | None
+    batchnorms_inserted: int
+    mirror_error_before: float
+    mirror_error_after: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A metric of the files in onnxruntime: of the original, right after the surgery (None where nothing was trained)
+    and of what was written. drop: what was lost, in points for a fraction (0.01 is one percent), else relative."""
+
+    metric: str
+    higher_is_better: bool
+    before: float
+    pruned: float | None
+    after: float
+    drop: float
+    is_fraction: bool
+
+
 @dataclass(eq=False)
 class Result:
     """The outcome of `compress`. `after`, `verification` and `latency` are None in a dry run."""
@@ -94,6 +132,8 @@ class Result:
     analysis: Analysis
     verification: Verification | None = None
     latency: Latency | None = None
+    training: Training | None = None
+    accuracy: Accuracy | None = None
     output: str | None = None
     timing: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

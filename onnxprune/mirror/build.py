@@ -26,6 +26,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from onnxprune.errors import NotMirrored
 from onnxprune.mirror.bodies import Source, inner_graph
 from onnxprune.mirror.context import Context, Unsupported
+from onnxprune.mirror.quantised import INTEGERS, Quantised
 from onnxprune.mirror.sizes import Size, computed, unwrapped
 from onnxprune.mirror.targets import Targets, identifier
 from onnxprune.mirror.weights import weights
@@ -78,9 +79,11 @@ class Builder:
         self.tracer = GraphAppendingTracer(self.fx)
         self.values: dict[str, Any] = {}  # a Proxy, or an array of objects for what is computed from sizes
         self.fetched: dict[str, Proxy] = {}
-        self.learnable = weights(graph, registry) - set(constants)
+        self.constants = frozenset(constants)
+        self.learnable = weights(graph, registry) - self.constants
         self.learned = set(self.learnable)  # and what is computed from weights
-        self.carried: set[str] = set()  # 8-bit tensors that are carried as floats
+        self.carried: set[str] = set()  # tensors of integers that are carried as floats
+        self.quantised: dict[str, Quantised] = {}  # target -> how a parameter's integers are stored
         self.parameters: dict[str, tuple[str, ...]] = {}  # target -> path of nodes and the stored tensor's name
         self.problems: list[tuple[Node, str]] = []
         self.at: Node | None = None
@@ -97,7 +100,9 @@ class Builder:
     def record(self) -> None:
         taken: set[str] = {"self"}
         for name in self.graph.inputs:
-            self.values[name] = self.made(self.fx.placeholder(unused(identifier(name), taken)))
+            given = self.made(self.fx.placeholder(unused(identifier(name), taken)))
+            cast = self.half is not None and self.graph.types.get(name) in _HALVES
+            self.values[name] = given.to(self.half) if cast else given
         self.visit_all()
 
     def visit_all(self) -> None:
@@ -117,6 +122,7 @@ class Builder:
         module.meta["parameters"] = {
             t: path for t, path in self.parameters.items() if t in used or t.partition(".")[0] in used
         }
+        module.meta["quantised"] = {t: q for t, q in self.quantised.items() if t in module.meta["parameters"]}
         return module
 
     def visit(self, node: Node) -> None:
@@ -152,6 +158,10 @@ class Builder:
                 self.values[name] = result
                 if isinstance(result, Proxy):
                     result.node.meta.setdefault("onnx", node.label)
+        operator = self.registry.get(node.op)
+        if operator is not None and operator.carries:
+            kinds = {self.graph.types.get(n) for n in node.inputs if n in self.carried} - {None}
+            self.carried.update(n for n in node.outputs if n and self.graph.types.get(n) in kinds)
 
     def give_up(self, node: Node, reason: str) -> None:
         self.problems.append((node, reason))
@@ -248,6 +258,48 @@ class Builder:
         self.parameters[target] = (name,)
         return self.attribute(target)
 
+    def value(self, name: str) -> np.ndarray | None:
+        """As `constant`, for stored tensors of any size."""
+        if name in self.graph.parameters and name not in self.learned:
+            return self.graph.array(name)
+        return self.constant(name)
+
+    def weight(self, name: str, form: Quantised) -> Proxy | None:
+        """A parameter with what a stored tensor of integers stands for; None where it is no weight."""
+        stored = self.graph.parameters.get(name)
+        if stored is None or stored.size < 2 or stored.elem_type not in INTEGERS or name in self.constants:
+            return None
+        key = f"{name} as reals"
+        if key not in self.fetched:
+            target = self.targets.choose(name)
+            owner, leaf = self.targets.owner(target)
+            reals = np.ascontiguousarray(form.reals(self.graph.array(name)), np.float32)
+            owner.register_parameter(leaf, nn.Parameter(torch.from_numpy(reals)))
+            self.parameters[target] = (name,)
+            self.quantised[target] = form
+            self.fetched[key] = self.attribute(target)
+        return self.fetched[key] if form == self.quantised[str(self.fetched[key].node.target)] else None
+
+    def whole(self, name: str) -> Proxy:
+        """A tensor of integers as floats that hold whole numbers."""
+        if name in self.carried:
+            return self.tensor(name)
+        key = f"{name} as floats"
+        if key not in self.fetched:
+            known = self.value(name)
+            self.fetched[key] = self.tensor(name).float() if known is None else self.buffer(known.astype(np.float32))
+        return self.fetched[key]
+
+    def integers(self, name: str) -> Proxy:
+        """A tensor in its declared type, where it is carried as floats."""
+        dtype = self.dtype(name)
+        if name not in self.carried or dtype is None:
+            return self.tensor(name)
+        key = f"{name} as integers"
+        if key not in self.fetched:
+            self.fetched[key] = self.tensor(name).to(dtype)
+        return self.fetched[key]
+
     def buffer(self, array: np.ndarray) -> Proxy:
         target = self.targets.choose("constant")
         owner, leaf = self.targets.owner(target)
@@ -303,6 +355,7 @@ class Builder:
         for attribute, body in bodies.items():
             for inner, path in body.meta["parameters"].items():
                 self.parameters[f"{target}.{attribute}.{inner}"] = (place(node), attribute, *path)
+            self.quantised.update({f"{target}.{attribute}.{t}": q for t, q in body.meta["quantised"].items()})
         return self.tracer.create_proxy("call_module", target, tuple(args), {})
 
     def body(
@@ -313,7 +366,7 @@ class Builder:
         inner = Builder(graph, self.registry, half=self.half, constants=constants)
         inner.record()
         self.problems += inner.problems
-        return inner.finish(), [self.tensor(n) for n in wanted]
+        return inner.finish(), [self.integers(n) for n in wanted]
 
     def inline(self, node: Node, attribute: str) -> list[Any]:
         """The outputs of a body that has no inputs of its own, recorded in place."""
@@ -327,6 +380,7 @@ class Builder:
         inner.visit_all()
         self.problems += inner.problems
         self.parameters.update({t: (place(node), attribute, *path) for t, path in inner.parameters.items()})
+        self.quantised.update(inner.quantised)
         self.carried |= {outer for outer, n in zip(node.outputs, graph.outputs, strict=True) if n in inner.carried}
         return [inner.values[n] if n in inner.values else inner.tensor(n) for n in graph.outputs]
 
@@ -334,9 +388,7 @@ class Builder:
 
     def result(self, name: str) -> Proxy:
         """An output, in its declared type."""
-        tensor = self.tensor(name)
-        dtype = self.dtype(name)
-        return tensor.to(dtype) if name in self.carried and dtype is not None else tensor
+        return self.integers(name)
 
 
 def place(node: Node) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.fx import Proxy
 
+from onnxprune.mirror.quantised import Quantised
 from onnxprune.mirror.sizes import unwrapped
 from onnxprune.model.graph import Node
 from onnxprune.ops.kernels import sizes as size_kernels
@@ -47,7 +48,13 @@ class Context:
     def tensor(self, i: int) -> Any:
         if not self.has(i):
             raise self.unsupported(f"it lacks input {i}")
-        return self.builder.tensor(self.node.inputs[i])
+        name = self.node.inputs[i]
+        return self.builder.tensor(name) if self.carries else self.builder.integers(name)
+
+    @property
+    def carries(self) -> bool:
+        operator = self.builder.registry.get(self.node.op)
+        return operator is not None and operator.carries
 
     def optional(self, i: int) -> Any:
         return self.tensor(i) if self.has(i) else None
@@ -101,6 +108,27 @@ class Context:
 
     def torch_type(self, elem_type: int) -> Any:
         return self.builder.torch_type(elem_type)
+
+    def elem_type(self, i: int) -> int:
+        return self.graph.types.get(self.node.inputs[i], 0) if self.has(i) else 0
+
+    def output_elem_type(self, j: int = 0) -> int:
+        return self.graph.types.get(self.node.outputs[j], 0) if j < len(self.node.outputs) else 0
+
+    def stored(self, i: int) -> np.ndarray | None:
+        return self.builder.value(self.node.inputs[i]) if self.has(i) else None
+
+    def whole(self, i: int) -> Any:
+        return self.builder.whole(self.node.inputs[i])
+
+    def weight(
+        self, i: int, scale: np.ndarray, zero_point: np.ndarray, *, axis: int | None = None, block: int = 0
+    ) -> Any:
+        return self.builder.weight(self.node.inputs[i], Quantised(self.elem_type(i), scale, zero_point, axis, block))
+
+    def carry(self, x: Any, j: int = 0) -> Any:
+        self.builder.carried.add(self.node.outputs[j])
+        return x
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return self.builder.call(function, *args, **kwargs)

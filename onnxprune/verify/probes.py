@@ -15,9 +15,10 @@ from onnx import TensorProto
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.expr import Atom, kept
 from onnxprune.model.graph import Graph, Model, Node
+from onnxprune.ops.registry import Operator
 from onnxprune.select.plan import Plan
 
-__all__ = ["Probes", "find_probes"]
+__all__ = ["Probes", "behind_selection", "find_probes"]
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
 
@@ -40,7 +41,7 @@ class Probes:
 def find_probes(analysis: Analysis, plan: Plan) -> Probes | None:
     """The probes of a model, None where it selects nothing or where some of the surgery lies behind a selection."""
     graph = analysis.graph
-    behind = _behind_selection(analysis)
+    behind = behind_selection(graph, analysis.registry)
     if not behind:
         return None
     border = [node for node in graph.nodes if any(n in behind for n in node.outputs)]
@@ -64,15 +65,15 @@ def _floats(graph: Graph, node: Node) -> list[str]:
     return [n for n in node.inputs if n and n not in graph.static and graph.types.get(n) in _FLOATS]
 
 
-def _selects(analysis: Analysis, node: Node) -> bool:
-    operator = analysis.registry.get(node.op)
-    return operator is not None and operator.discrete and bool(_floats(analysis.graph, node))
+def _selects(graph: Graph, operator: Operator | None, node: Node) -> bool:
+    return operator is not None and operator.discrete and bool(_floats(graph, node))
 
 
-def _behind_selection(analysis: Analysis) -> set[str]:
+def behind_selection(graph: Graph, registry: Mapping[str, Operator]) -> set[str]:
+    """Tensors in which a rounding error may change everything."""
     behind: set[str] = set()
-    for node in analysis.graph.nodes:
-        if _selects(analysis, node) or any(n in behind for n in (*node.inputs, *node.captured)):
+    for node in graph.nodes:
+        if _selects(graph, registry.get(node.op), node) or any(n in behind for n in (*node.inputs, *node.captured)):
             behind.update(node.outputs)
     return behind
 
