@@ -216,7 +216,7 @@ class Builder:
 
     def constant(self, name: str) -> np.ndarray | None:
         """The value of a tensor that is no weight, comes from none, and is the same for all inputs."""
-        if name in self.learned or name in self.graph.varying or name in self.values:
+        if name in self.learned or name in self.graph.varying or name in self.graph.resized or name in self.values:
             return None
         return self.graph.values.get(name)
 

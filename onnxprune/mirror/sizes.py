@@ -83,7 +83,7 @@ def computed(node: Node, operator: Operator, graph: Graph, inputs: list[Any]) ->
     if (
         operator.evaluate is None
         or not all(whole(graph, n) for n in names)
-        or not all(whole(graph, n) for n in node.inputs)
+        or not all(whole(graph, n) or decided(graph, n) for n in node.inputs)
     ):
         return None
     try:
@@ -110,3 +110,9 @@ def whole(graph: Graph, name: str) -> bool:
         return False
     varying = graph.varying.get(name)
     return varying is None or not np.any(known[varying] < 0)
+
+
+def decided(graph: Graph, name: str) -> bool:
+    """Bools that are the same for all sizes, such as which sizes of an Expand are given."""
+    known = graph.values.get(name)
+    return known is not None and known.dtype.kind == "b" and name not in graph.varying and name not in graph.resized

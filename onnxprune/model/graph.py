@@ -134,6 +134,7 @@ class Graph:
     shapes: per tensor, the sizes under `pins` (None for a size that isn't known); a tensor of unknown rank is absent.
     values: tensors whose value is known without running the model: shape arithmetic and small constants.
     varying: of those, the elements that depend on a symbolic size, so that they must not be taken for constants.
+    resized: of those, the ones whose shape depends on a symbolic size, even where their elements don't.
     sized: of those, the ones that are computed from the size of some tensor.
     weighted: of those, the ones that are computed from stored numbers other than sizes.
     static: tensors that don't depend on a graph input.
@@ -150,6 +151,7 @@ class Graph:
     types: dict[str, int] = field(default_factory=dict)
     values: dict[str, np.ndarray] = field(default_factory=dict)
     varying: dict[str, np.ndarray] = field(default_factory=dict)
+    resized: set[str] = field(default_factory=set)
     sized: set[str] = field(default_factory=set)
     weighted: set[str] = field(default_factory=set)
     static: set[str] = field(default_factory=set)

@@ -44,7 +44,7 @@ def infer(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int
             break
     assert best is not None
     if best.pins:
-        best.varying = _varying(best, registry)
+        best.varying, best.resized = _varying(best, registry)
     return best
 
 
@@ -55,8 +55,9 @@ def _run(model: Model, registry: Mapping[str, Operator], pins: Mapping[str, int]
     return graph
 
 
-def _varying(graph: Graph, registry: Mapping[str, Operator]) -> dict[str, np.ndarray]:
-    """Which elements of known values are other ones when every symbolic size is another one.
+def _varying(graph: Graph, registry: Mapping[str, Operator]) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Which elements of known values are other ones when every symbolic size is another one, and which values have
+    another shape then.
 
     Where no other sizes fit the model, everything that is computed from an input's shape counts as varying.
     """
@@ -66,8 +67,11 @@ def _varying(graph: Graph, registry: Mapping[str, Operator]) -> dict[str, np.nda
         other = _run(graph.model, registry, candidate)
         if len(other.problems) <= len(graph.problems):
             found = ((name, _differs(value, other.values.get(name))) for name, value in graph.values.items())
-            return {name: mask for name, mask in found if mask.any()}
-    return {n: np.ones(v.shape, bool) for n, v in graph.values.items() if n not in graph.static}
+            shapes = {name: value.shape for name, value in other.values.items()}
+            resized = {name for name, value in graph.values.items() if shapes.get(name) != value.shape}
+            return {name: mask for name, mask in found if mask.any()}, resized
+    computed = {n: v for n, v in graph.values.items() if n not in graph.static}
+    return {n: np.ones(v.shape, bool) for n, v in computed.items()}, set(computed)
 
 
 def _differs(a: np.ndarray, b: np.ndarray | None) -> np.ndarray:

@@ -141,6 +141,19 @@ def test_sizes_that_depend_on_the_data() -> None:
     agree(model, {"x": np.array([1, 0, 2, 3, 0], np.float32)})
 
 
+def test_a_tensor_of_one_number_follows_the_size_of_the_input() -> None:
+    """It is known, and the same for all sizes but for its shape."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> agraph (float[N, 3] x) => (float[M, 3] y)'
+        "<int64[2] wanted = {-1, 3}, int64[1] minus = {-1}> {"
+        " shape = Shape(x)  given = Equal(wanted, minus)  sizes = Where(given, shape, wanted)"
+        " zeros = ConstantOfShape(sizes)  y = Sub(zeros, x) }"
+    )
+    for n in (2, 11):
+        agree(model, {"x": f(n, 3)})
+    assert "to_ints" not in mirror(model).code  # sizes stay sizes: nothing waits for a tensor
+
+
 def test_windows_with_a_stored_size_are_computed_once() -> None:
     module = mirror(one_node("HannWindow", [scalar(400)], output_datatype=1)[0])
     assert "window" in module.code
