@@ -267,7 +267,8 @@ def bit_cast_mirror(m: MirrorContext) -> Any:
     dtype = m.torch_type(int(m.attr("to")))
     if dtype is None:
         raise m.unsupported(f"torch has no {onnx.TensorProto.DataType.Name(m.attr('to'))}")
-    return m.tensor(0).view(dtype)
+    x, declared = m.tensor(0), m.dtype(0)
+    return (x if declared is None else x.to(declared)).view(dtype)  # autocast may have made it shorter
 
 
 BOTH = frozenset({0, 1})

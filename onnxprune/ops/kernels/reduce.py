@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "determinant",
     "largest",
     "log_total",
     "log_total_exp",
@@ -115,3 +116,8 @@ def log_total_exp(x: Tensor, axes: Axes, keep: bool, noop: bool) -> Tensor:
     if not gone:
         return x
     return torch.logsumexp(x if x.is_floating_point() else x.double(), gone, keep).to(x.dtype)
+
+
+def determinant(x: Tensor) -> Tensor:
+    """Of the last two axes; in float32 at least."""
+    return torch.linalg.det(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
