@@ -19,6 +19,7 @@ from onnxprune.ops import (
     random,
     recurrent,
     reduce,
+    resize,
     signal,
 )
 from onnxprune.ops.registry import Operator, Registry
@@ -44,6 +45,7 @@ _FAMILIES = (
     random,
     recurrent,
     reduce,
+    resize,
     signal,
 )
 

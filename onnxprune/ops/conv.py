@@ -11,12 +11,14 @@ from typing import Any
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels, torch
+from onnxprune.ops.quantised import centred, real, rounded, scaled
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS", "padding", "sides", "symmetric"]
 
 _run = kernels("conv")
+_exact = kernels("quant")
 
 
 def convolution(c: AxisContext, x: int, w: int, channelwise: Sequence[int], *, transposed: bool = False) -> Expr:
@@ -128,10 +130,10 @@ def conv_macs(w: int):
 
 def spatial(m: MirrorContext, w: int) -> tuple[list[Any], list[int], list[int]]:
     """Kernel sizes, strides and dilations of a convolution whose weight is input w."""
-    shape = m.shape(w)
-    if not m.attr("kernel_shape") and shape is None:
+    rank = m.rank(w)
+    if not m.attr("kernel_shape") and rank is None:
         raise m.unsupported("the rank of its weight is unknown")
-    kernel = m.attr("kernel_shape") or [m.size(w, 2 + k) if n is None else n for k, n in enumerate((shape or ())[2:])]
+    kernel = list(m.attr("kernel_shape") or [m.size(w, k) for k in range(2, rank or 0)])
     if not 1 <= len(kernel) <= 3:
         raise m.unsupported(f"a convolution over {len(kernel)} axes")
     return kernel, list(m.attr("strides", [1] * len(kernel))), list(m.attr("dilations", [1] * len(kernel)))
@@ -166,13 +168,31 @@ def sides(pads: Sequence[Any]) -> list[Any]:
 
 def convolved(m: MirrorContext) -> Any:
     """A convolution; padding that isn't symmetric becomes a node of its own."""
-    kernel, strides, dilations = spatial(m, 1)
+    return convolution_of(m, m.tensor(0), m.tensor(1), m.optional(2))
+
+
+def convolution_of(m: MirrorContext, x: Any, weight: Any, bias: Any, *, w: int = 1, whole: bool = False) -> Any:
+    """A convolution of these tensors; the weight is input w. whole: they hold whole numbers, and so does the result."""
+    kernel, strides, dilations = spatial(m, w)
     function = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
-    x = m.tensor(0)
     pads = padding(m, x, kernel, strides, dilations)
     inside = tuple(pads[: len(kernel)]) if symmetric(pads) else (0,) * len(kernel)
     x = x if symmetric(pads) else F.pad(x, sides(pads))
-    return function(x, m.tensor(1), m.optional(2), tuple(strides), inside, tuple(dilations), int(m.attr("group", 1)))
+    settings = (tuple(strides), inside, tuple(dilations), int(m.attr("group", 1)))
+    return m.call(_exact.convolution, x, weight, *settings) if whole else function(x, weight, bias, *settings)
+
+
+def conv_integer_mirror(m: MirrorContext) -> Any:
+    """Whole numbers less their zero points; sums are exact up to 2^24."""
+    return m.carry(convolution_of(m, centred(m, 0, 2), centred(m, 1, 3, axis=0), None, whole=True))
+
+
+def qlinear_conv_mirror(m: MirrorContext) -> Any:
+    """x, its scale and zero point; w, its scales and zero points, per output channel; those of y; and a bias in units
+    of both scales."""
+    x, weight = real(m, 0, 1, 2), real(m, 3, 4, 5, axis=0)
+    bias = scaled(m, 8, 1, 4) if m.has(8) else None
+    return rounded(m, convolution_of(m, x, weight, bias, w=3), 6, 7)
 
 
 FUSED = {
@@ -295,6 +315,7 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
+        mirror=conv_integer_mirror,
     ),
     Operator(
         "QLinearConv",
@@ -305,6 +326,8 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({1, 2, 4, 5, 6, 7}),
         quantised=((3, 5),),
+        mirror=qlinear_conv_mirror,
+        fixed=frozenset({1, 4, 6}),
     ),
     Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups, mirror=deform_conv_mirror),
     Operator(
