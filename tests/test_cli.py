@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
 from onnxprune import cli, pipeline
+from onnxprune.accuracy import Recipe
 from onnxprune.errors import VerificationFailed
 
 TARGET = ("--target", "macs=0.5")
@@ -151,6 +152,10 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
         "--no-latency",
     )
     assert callable(seen.pop("progress"))
+    assert callable(seen.pop("on_step"))
+    trained = {name: seen.pop(name) for name in ("data", "train", "run_dir", "evaluate", "max_drop")}
+    assert set(trained.values()) == {None}
+    assert (seen.pop("recipe"), seen.pop("resume")) == (Recipe(), False)
     assert seen == {
         "target": "params=40%",
         "importance": "fpgm",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def inspect_document(summary: ModelSummary, analysis: Analysis, *, timing: Mappi
 
 
 def compress_document(result: Result) -> Document:
-    """The outcome of `compress`; `after`, `verification`, `latency` and `output` are null where there is none."""
+    """The outcome of `compress`; parts that there are none of, such as `latency` or `training`, are null."""
     target, plan = result.target, result.plan.keep
     return {
         **_head("compress"),
@@ -59,6 +60,8 @@ def compress_document(result: Result) -> Document:
         ],
         "verification": _verification(result.verification) if result.verification is not None else None,
         "latency": _latency(result.latency) if result.latency is not None else None,
+        "training": asdict(result.training) if result.training is not None else None,
+        "accuracy": asdict(result.accuracy) if result.accuracy is not None else None,
         "timing": dict(result.timing),
         "warnings": list(result.warnings),
         "output": result.output,

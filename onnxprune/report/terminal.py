@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from onnxprune.axes.analysis import Analysis, Group
-    from onnxprune.result import Latency, LatencyStats, ModelSummary, Result, Verification
+    from onnxprune.result import Accuracy, Latency, LatencyStats, ModelSummary, Result, Training, Verification
     from onnxprune.verify.latency import Bench
 
 __all__ = [
@@ -39,6 +39,8 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
     parts = [summary_table(result, verbose=verbose), _target_line(result)]
     if result.verification is not None:
         parts.append(verify_line(result.verification))
+    if result.training is not None:
+        parts.append(_training_line(result.training))
     if result.latency is not None:
         parts.append(_latency_line(result.latency))
     if result.output is not None:
@@ -60,6 +62,8 @@ def summary_table(result: Result, *, verbose: bool = False) -> str:
     rows += [_cost_row(result, "Params / size"), _cost_row(result, "MACs (batch 1)")]
     if result.latency is not None:
         rows.append(_latency_row(result.latency))
+    if result.accuracy is not None:
+        rows += _accuracy_rows(result.accuracy)
     aligned, channels, aligned_after, channels_after = result.aligned
     if channels:
         block = f" (block {result.align})" if result.align > 1 else ""
@@ -79,6 +83,32 @@ def verify_line(verification: Verification) -> str:
         f"against the masked original{limit})"
     )
     return "\n".join([line, *(f"        {note}" for note in v.notes)])
+
+
+def _accuracy_rows(a: Accuracy) -> list[list[str]]:
+    """The metric before and after; right after the surgery too, where the model was trained since."""
+
+    def shown(value: float) -> str:
+        return f"{value:.2%}" if a.is_fraction else f"{value:.4g}"
+
+    change = a.after - a.before
+    lost = f"{change * 100:+.1f} pp" if a.is_fraction else f"{change:+.3g}"
+    rows = [["Accuracy", f"{a.metric} {shown(a.before)}", shown(a.after), lost.replace("-", "−")]]
+    if a.pruned is not None:
+        rows.append(["  before training", "", shown(a.pruned), ""])
+    return rows
+
+
+def _training_line(t: Training) -> str:
+    """What was trained on what, for how long, and whether the file is what was trained."""
+    resumed = f", continued at step {t.resumed_from}" if t.resumed_from else ""
+    inserted = f", {t.batchnorms_inserted} BatchNorms put in and folded again" if t.batchnorms_inserted else ""
+    error = t.mirror_error_after if t.mirror_error_after is not None else t.mirror_error_before
+    return (
+        f"trained: {t.steps} steps in {t.seconds:.0f} s on {t.data}, loss '{t.loss}' {t.first_loss:.3g} to "
+        f"{t.last_loss:.3g}{resumed}{inserted}\n"
+        f"        the trained network equals the file in onnxruntime: relative error {_power(error)}"
+    )
 
 
 def inspect_report(summary: ModelSummary, analysis: Analysis, *, verbose: bool = False) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from onnxprune import pipeline
 from onnxprune.axes.analysis import Group, Member
 from onnxprune.axes.expr import Atom
 from onnxprune.report import document
-from onnxprune.result import Latency, LatencyStats, Result, Verification
+from onnxprune.result import Accuracy, Latency, LatencyStats, Result, Training, Verification
 from onnxprune.verify.latency import Bench
 
 STATS = LatencyStats(1.0, 2.0, 3.0, 10, 4)
@@ -113,6 +115,20 @@ def test_a_dry_run_has_nulls(compressed: Result) -> None:
     dry.after = dry.verification = dry.latency = dry.output = None
     read = valid(document.to_json(document.compress_document(dry)))
     assert (read["after"], read["verification"], read["latency"], read["output"]) == (None,) * 4
+
+
+def test_training_and_a_metric_are_told(compressed: Result) -> None:
+    training = Training("auto", "calib.npz", 500, 4, 61.5, 2.5, math.nan, 800.0, 0, None, 15, 1e-7, 2e-6)
+    accuracy = Accuracy("top1", True, 0.9, None, 0.85, 0.05, True)
+    read = valid(
+        document.to_json(document.compress_document(replace(compressed, training=training, accuracy=accuracy)))
+    )
+    assert (read["training"]["steps"], read["training"]["last_loss"], read["training"]["resumed_from"]) == (
+        500,
+        None,
+        None,
+    )
+    assert (read["accuracy"]["before"], read["accuracy"]["pruned"], read["accuracy"]["drop"]) == (0.9, None, 0.05)
 
 
 def test_latency_is_given_at_the_median(compressed: Result) -> None:

@@ -14,7 +14,16 @@ from onnxprune.axes.analysis import BarrierCost, Coverage, Group, Member, analys
 from onnxprune.axes.expr import Atom, Barrier
 from onnxprune.model.load import load
 from onnxprune.report import terminal
-from onnxprune.result import Latency, LatencyStats, ModelSummary, Result, TargetOutcome, Verification
+from onnxprune.result import (
+    Accuracy,
+    Latency,
+    LatencyStats,
+    ModelSummary,
+    Result,
+    TargetOutcome,
+    Training,
+    Verification,
+)
 from onnxprune.select.plan import Plan
 from onnxprune.verify.latency import Bench
 
@@ -88,6 +97,25 @@ def test_the_summary_looks_as_promised() -> None:
 | Groups pruned     | –                        | 2 of 3 (1: inexact)      |         |
 +-------------------+--------------------------+--------------------------+---------+"""
     )
+
+
+def test_the_metric_has_a_row_before_and_after_training() -> None:
+    table = terminal.summary_table(result(accuracy=Accuracy("top1", True, 0.8690, 0.3120, 0.8512, 0.0178, True)))
+    rows = [line.split("|")[1:5] for line in table.splitlines() if "top1" in line or "before training" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["Accuracy", "top1 86.90%", "85.12%", "−1.8 pp"],
+        ["before training", "", "31.20%", ""],
+    ]
+
+
+def test_training_is_told_with_its_data_and_its_proof() -> None:
+    training = Training("auto", "calib.npz (512 samples)", 500, 4, 61.5, 2.5, 0.25, 800.0, 0, 120, 15, 1e-7, 2.1e-6)
+    report = terminal.compress_report(result(training=training))
+    assert (
+        "trained: 500 steps in 62 s on calib.npz (512 samples), loss 'auto' 2.5 to 0.25, continued at step 120, "
+        "15 BatchNorms put in and folded again\n"
+        "        the trained network equals the file in onnxruntime: relative error 2.1e-6"
+    ) in report
 
 
 def test_the_verify_line_looks_as_promised() -> None:
