@@ -94,6 +94,8 @@ def multi_head_axes(c: AxisContext) -> None:
     d, e = c.fresh(q[2].size // heads), c.fresh(v[2].size // heads)
     if not float(c.attr("scale", 0.0) or 0.0):
         c.freeze("a fused attention scales by its width", d)
+    if c.has(6) or any(c.node.outputs[1:]):  # onnxruntime takes both for of one width there
+        c.freeze("cached keys and values", d, e)
     c.freeze("a batch", q[0])
     c.equal(q[2], k[2], c.product(h, d))
     c.equal(v[2], c.product(h, e))
@@ -142,8 +144,14 @@ def attention_macs(
 
 def multi_head_shape(node, inputs):
     elem, q = inputs[0]
-    v = inputs[2][1] if len(inputs) > 2 and inputs[2] else q
-    return [(elem, (q[0], q[1], v[-1])), None, None][: len(node.outputs)] if len(q) == 3 else [None]
+    k, v = (inputs[i][1] if len(inputs) > i and inputs[i] else q for i in (1, 2))
+    if not len(q) == len(k) == len(v) == 3:
+        return [None]
+    heads = int(node.attributes["num_heads"])
+    past = inputs[6][1][2] if len(inputs) > 6 and inputs[6] else 0
+    total = None if past is None or k[1] is None else past + k[1]
+    cache = [(elem, (q[0], heads, total, None if x[2] is None else x[2] // heads)) for x in (k, v)]
+    return [(elem, (q[0], q[1], v[2])), *cache][: len(node.outputs)]
 
 
 def grouped_query_axes(c: AxisContext) -> None:
@@ -152,6 +160,7 @@ def grouped_query_axes(c: AxisContext) -> None:
     if not (c.has(1) and c.has(2)):
         raise GiveUp("packed projections")
     q, k, v = attended(c, 1)
+    c.freeze("a batch", q[0])
     kv, repeat = c.note("kv", c.fresh(shared)), c.fresh(heads // shared)
     d = c.frozen(q[2].size // heads, "rotated or cached head width")
     c.note("heads", c.product(kv, repeat))
@@ -174,12 +183,13 @@ def patch_grouped(p: PatchContext) -> None:
 
 
 def grouped_query_shape(node, inputs):
+    """The cache's length depends on whether the caller lets past and present share one buffer."""
     elem, q = inputs[0]
-    cache = []
-    for i in (3, 4):
-        past = inputs[i] if len(inputs) > i else None
-        cache.append((elem, (past[1][0], past[1][1], None, past[1][3])) if past else None)
-    return [(elem, q), *cache][: len(node.outputs)]
+    heads, shared = int(node.attributes["num_heads"]), int(node.attributes["kv_num_heads"])
+    packed = len(inputs) < 2 or not inputs[1]
+    width = None if q[2] is None else q[2] // (heads + 2 * shared if packed else heads)
+    cache = (elem, (q[0], shared, None, width))
+    return [(elem, (q[0], q[1], None if width is None else width * heads)), cache, cache][: len(node.outputs)]
 
 
 def rotary_axes(c: AxisContext) -> None:

@@ -172,8 +172,6 @@ WHOLE = {
     "SkipLayerNormalization",
     "SkipLayerNormalization with its sum",
     "EmbedLayerNormalization",
-    "MultiHeadAttention with a cache",
-    "GroupQueryAttention",
 }
 
 
@@ -190,8 +188,7 @@ def pruned(model: onnx.ModelProto, path: Path, *, expect: int) -> float:
 
 @pytest.mark.parametrize("name", list(FLOATING))
 def test_what_a_rule_leaves_free_can_be_pruned(name: str, tmp_path: Path) -> None:
-    """At least one group is found in each, except where a normalisation runs over all there is, or where cached keys
-    and values are outputs of unknown length."""
+    """At least one group is found in each, except where a normalisation runs over all there is."""
     expect = 0 if name in WHOLE else 1
     assert pruned(FLOATING[name](), tmp_path / "pruned.onnx", expect=expect) < 1e-4
 
