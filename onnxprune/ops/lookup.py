@@ -96,7 +96,7 @@ def trilu_mirror(m: MirrorContext) -> Any:
 
 
 OPERATORS = (
-    Operator("Compress", mirror=compress_mirror),
+    Operator("Compress", mirror=compress_mirror, carries=True),
     Operator("CumProd", mirror=cumulative_mirror("cumprod")),
-    Operator("TensorScatter", mirror=tensor_scatter_mirror),
+    Operator("TensorScatter", mirror=tensor_scatter_mirror, carries=True),
 )

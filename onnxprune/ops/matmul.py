@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from onnxprune.axes.expr import Expr
-from onnxprune.ops.lazy import F, torch
+from onnxprune.ops.lazy import F, kernels, torch
+from onnxprune.ops.quantised import centred, real, rounded, scaled
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS", "product_dead"]
+
+_exact = kernels("quant")
 
 
 def product_dead(a: int, b: int, *added: int):
@@ -281,11 +284,54 @@ def einsum_mirror(m: MirrorContext) -> Any:
     return torch.einsum(m.attr("equation").replace(" ", ""), *(m.tensor(i) for i in range(len(m.node.inputs))))
 
 
+def matmul_integer_mirror(m: MirrorContext) -> Any:
+    """A, B and their zero points, of which there may be one per row of A and one per column of B."""
+    a, b = centred(m, 0, 2, axis=per(m, 2, -2)), centred(m, 1, 3, axis=per(m, 3, -1))
+    return m.carry(m.call(_exact.product, a, b))
+
+
+def per(m: MirrorContext, i: int, axis: int) -> int | None:
+    """The axis that a vector of scales or zero points follows; None where they broadcast by themselves."""
+    return axis if m.rank(i) in (None, 0, 1) else None
+
+
+def qlinear_matmul_mirror(m: MirrorContext) -> Any:
+    """A, its scale and zero point; B, its scale and zero point; those of the result."""
+    a, b = real(m, 0, 1, 2, axis=per(m, 1, -2)), real(m, 3, 4, 5, axis=per(m, 4, -1))
+    return rounded(m, a @ b, 6, 7, axis=per(m, 6, -2))
+
+
+def matmul_integer_to_float_mirror(m: MirrorContext) -> Any:
+    """A, B, A's scale, B's scale, A's zero point, B's zero point, bias."""
+    y = real(m, 0, 2, 4, axis=per(m, 2, -2)) @ real(m, 1, 3, 5, axis=per(m, 3, -1))
+    return y + m.tensor(6) if m.has(6) else y
+
+
+def dynamic_quantize_matmul_mirror(m: MirrorContext) -> Any:
+    """A, which is rounded after its range; B, B's scale, B's zero point, bias."""
+    y = m.call(_exact.rounded, m.tensor(0)) @ real(m, 1, 2, 3, axis=per(m, 2, -1))
+    return y + m.tensor(4) if m.has(4) else y
+
+
+def qgemm_mirror(m: MirrorContext) -> Any:
+    """A, its scale and zero point; B, its scale and zero point; C in units of both; y's scale and zero point, without
+    which the result is real."""
+    a = real(m, 0, 1, 2)
+    b = real(m, 3, 4, 5, axis=0 if m.attr("transB", 0) else 1)
+    y = (a.mT if m.attr("transA", 0) else a) @ (b.mT if m.attr("transB", 0) else b)
+    y = y + scaled(m, 6, 1, 4) if m.has(6) else y
+    alpha = float(m.attr("alpha", 1.0))
+    y = y if alpha == 1 else alpha * y
+    return rounded(m, y, 7, 8) if m.has(7) else y
+
+
 def nbits_mirror(m: MirrorContext) -> Any:
     """The weight is unpacked once, and stays as it is."""
-    given = [m.known(i, f"input {i} of the packed weight") if m.has(i) else None for i in range(1, 5)]
-    weight = unpacked(m.node, *given).astype(m.known(2, "the scales").dtype)
-    return F.linear(m.tensor(0), m.buffer(weight), m.optional(5))
+    packed, scales, zero_points, groups = (m.stored(i) for i in range(1, 5))
+    if packed is None or scales is None or any(m.has(i) and m.stored(i) is None for i in (3, 4)):
+        raise m.unsupported("its weight is computed from the data")
+    weight = unpacked(m.node, packed, scales, zero_points, groups)
+    return F.linear(m.tensor(0), m.buffer(weight.astype(scales.dtype)), m.optional(5))
 
 
 def unpacked(node: NodeView, packed: Any, scales: Any, zero_points: Any, groups: Any) -> np.ndarray:
@@ -331,6 +377,7 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
+        mirror=matmul_integer_mirror,
     ),
     Operator(
         "QLinearMatMul",
@@ -340,6 +387,8 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({1, 2, 4, 5, 6, 7}),
         quantised=((3, 5),),
+        mirror=qlinear_matmul_mirror,
+        fixed=frozenset({1, 4, 6}),
     ),
     Operator("Einsum", einsum_axes, einsum_dead, einsum_macs, mirror=einsum_mirror),
     Operator(
@@ -359,6 +408,8 @@ OPERATORS = (
         keeps=frozenset({2, 3, 4, 5}),
         quantised=((1, 5),),
         shape=lambda n, i: _broadcast_matmul(n, i, elem=i[2][0] if i[2] else None),
+        mirror=matmul_integer_to_float_mirror,
+        fixed=frozenset({2, 3}),
     ),
     Operator(
         "com.microsoft::DynamicQuantizeMatMul",
@@ -369,6 +420,8 @@ OPERATORS = (
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
         shape=_broadcast_matmul,
+        mirror=dynamic_quantize_matmul_mirror,
+        fixed=frozenset({2}),
     ),
     Operator(
         "com.microsoft::QGemm",
@@ -379,6 +432,8 @@ OPERATORS = (
         keeps=frozenset({1, 2, 4, 5, 7, 8}),
         quantised=((3, 5),),
         shape=lambda n, i: _broadcast_matmul(n, [i[0], i[3]]),
+        mirror=qgemm_mirror,
+        fixed=frozenset({1, 4, 7}),
     ),
     Operator(
         "com.microsoft::MatMulNBits",

@@ -546,11 +546,19 @@ def fits_torch(m: MirrorContext, amounts: Sequence[tuple[Any, Any]], mode: str) 
 
 
 OPERATORS = (
-    Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True, mirror=concat_mirror),
-    Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split, mirror=split_mirror),
-    Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice, mirror=slice_mirror),
+    Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True, mirror=concat_mirror, carries=True),
+    Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split, mirror=split_mirror, carries=True),
+    Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice, mirror=slice_mirror, carries=True),
     Operator(
-        "Pad", pad_axes, pad_dead, patch=patch_pad, evaluate=_pad, joins=True, mirror=pad_mirror, fixed=frozenset({2})
+        "Pad",
+        pad_axes,
+        pad_dead,
+        patch=patch_pad,
+        evaluate=_pad,
+        joins=True,
+        mirror=pad_mirror,
+        carries=True,
+        fixed=frozenset({2}),
     ),
     Operator(
         "Gather",
@@ -560,6 +568,7 @@ OPERATORS = (
         evaluate=_gather,
         indices=((1, 0),),
         mirror=lookup.gather_mirror,
+        carries=True,
     ),
     Operator(
         "GatherElements",
@@ -568,13 +577,29 @@ OPERATORS = (
         indices=((1, 0),),
         evaluate=lambda n, x, i: np.take_along_axis(x, np.asarray(i), int(n.attributes.get("axis", 0))),
         mirror=lookup.gather_elements_mirror,
+        carries=True,
     ),
     Operator(
-        "GatherND", gather_nd_axes, carried, evaluate=_gather_nd, indices=((1, 0),), mirror=lookup.gather_nd_mirror
+        "GatherND",
+        gather_nd_axes,
+        carried,
+        evaluate=_gather_nd,
+        indices=((1, 0),),
+        mirror=lookup.gather_nd_mirror,
+        carries=True,
     ),
-    Operator("ScatterND", scatter_nd_axes, scattered_dead, evaluate=_scatter_nd, mirror=lookup.scatter_nd_mirror),
-    Operator("ScatterElements", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror),
-    Operator("Scatter", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror),
+    Operator(
+        "ScatterND",
+        scatter_nd_axes,
+        scattered_dead,
+        evaluate=_scatter_nd,
+        mirror=lookup.scatter_nd_mirror,
+        carries=True,
+    ),
+    Operator(
+        "ScatterElements", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror, carries=True
+    ),
+    Operator("Scatter", scatter_elements_axes, scattered_dead, mirror=lookup.scatter_elements_mirror, carries=True),
     Operator(
         "CumSum",
         along("CumSum", "a CumSum runs over it").axes,
@@ -582,7 +607,7 @@ OPERATORS = (
         evaluate=_cumsum,
         mirror=lookup.cumulative_mirror("cumsum"),
     ),
-    Operator("TopK", top_k_axes, zero_carried, discrete=True, mirror=lookup.top_k_mirror),
-    Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu, mirror=lookup.trilu_mirror),
-    Operator("ReverseSequence", reverse_sequence_axes, carried, mirror=lookup.reverse_sequence_mirror),
+    Operator("TopK", top_k_axes, zero_carried, discrete=True, mirror=lookup.top_k_mirror, carries=True),
+    Operator("Trilu", trilu_axes, zero_carried, evaluate=_trilu, mirror=lookup.trilu_mirror, carries=True),
+    Operator("ReverseSequence", reverse_sequence_axes, carried, mirror=lookup.reverse_sequence_mirror, carries=True),
 )

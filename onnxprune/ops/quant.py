@@ -3,15 +3,21 @@ for, so that a dead unit is 'zero' where its integers are the zero point."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.elementwise import broadcast
+from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.pieces import joined_dead
+from onnxprune.ops.quantised import declared, real, rounded
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, Kind, NodeView
+from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView
 
 __all__ = ["OPERATORS"]
+
+_run = kernels("quant")
 
 
 def linear_axes(c: AxisContext) -> None:
@@ -128,11 +134,75 @@ def _concat_shape(node, inputs):
     return [(inputs[1][0], (*parts[0][:axis], total, *parts[0][axis + 1 :]))]
 
 
+def quantize_mirror(m: MirrorContext) -> Any:
+    return rounded(m, m.tensor(0), 1, 2, axis=int(m.attr("axis", 1)), block=int(m.attr("block_size", 0)))
+
+
+def dequantize_mirror(m: MirrorContext) -> Any:
+    return declared(m, real(m, 0, 1, 2, axis=int(m.attr("axis", 1)), block=int(m.attr("block_size", 0))))
+
+
+def dynamic_mirror(m: MirrorContext) -> Any:
+    found = m.call(_run.dynamic, m.tensor(0))
+    return [m.carry(found[0]), found[1], m.carry(found[2], 2)]
+
+
+def qlinear_binary_mirror(operation: Callable[[Any, Any], Any]) -> Callable[[MirrorContext], Any]:
+    def mirror(m: MirrorContext) -> Any:
+        return rounded(m, operation(real(m, 0, 1, 2), real(m, 3, 4, 5)), 6, 7)
+
+    return mirror
+
+
+def qlinear_unary_mirror(function: Callable[[MirrorContext, Any], Any]) -> Callable[[MirrorContext], Any]:
+    """X, its scale and zero point, and those of the result."""
+    return lambda m: rounded(m, function(m, real(m, 0, 1, 2)), 3, 4)
+
+
+def spatial_mean(m: MirrorContext, x: Any) -> Any:
+    rank = m.rank(0)
+    if rank is None:
+        raise m.unsupported("the rank of its input is unknown")
+    first = 1 if m.attr("channels_last", 0) else 2
+    return x.mean(tuple(range(first, first + rank - 2)), keepdim=True)
+
+
+def qlinear_softmax(m: MirrorContext, x: Any) -> Any:
+    """Up to opset 12 over all axes from `axis` on."""
+    axis, rank = int(m.attr("axis", -1)), m.rank(0)
+    if int(m.attr("opset", 13)) >= 13:
+        return torch.softmax(x, axis)
+    if rank is None:
+        raise m.unsupported("the rank of its input is unknown")
+    return torch.softmax(x.flatten(axis % rank), -1).reshape(x.shape)
+
+
+def qlinear_concat_mirror(m: MirrorContext) -> Any:
+    parts = [real(m, i, i + 1, i + 2) for i in range(2, len(m.node.inputs), 3)]
+    return rounded(m, torch.cat(parts, int(m.attr("axis"))), 0, 1)
+
+
 _SCALES = frozenset({1, 2, 4, 5, 6, 7})
 
 OPERATORS = (
-    Operator("QuantizeLinear", linear_axes, zero_stays, rounds=True, keeps=frozenset({1, 2})),
-    Operator("DequantizeLinear", linear_axes, zero_stays, keeps=frozenset({1, 2}), quantised=((0, 2),)),
+    Operator(
+        "QuantizeLinear",
+        linear_axes,
+        zero_stays,
+        rounds=True,
+        keeps=frozenset({1, 2}),
+        mirror=quantize_mirror,
+        fixed=frozenset({1}),
+    ),
+    Operator(
+        "DequantizeLinear",
+        linear_axes,
+        zero_stays,
+        keeps=frozenset({1, 2}),
+        quantised=((0, 2),),
+        mirror=dequantize_mirror,
+        fixed=frozenset({1}),
+    ),
     Operator(
         "com.microsoft::QuantizeLinear",
         linear_axes,
@@ -140,6 +210,8 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({1, 2}),
         shape=lambda n, i: [(i[2][0] if len(i) > 2 and i[2] else 2, _sizes(i[0]))],
+        mirror=quantize_mirror,
+        fixed=frozenset({1}),
     ),
     Operator(
         "com.microsoft::DequantizeLinear",
@@ -148,8 +220,10 @@ OPERATORS = (
         keeps=frozenset({1, 2}),
         quantised=((0, 2),),
         shape=lambda n, i: [(i[1][0] if i[1] else 1, _sizes(i[0]))],
+        mirror=dequantize_mirror,
+        fixed=frozenset({1}),
     ),
-    Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays, rounds=True),
+    Operator("DynamicQuantizeLinear", dynamic_axes, zero_stays, rounds=True, mirror=dynamic_mirror),
     Operator(
         "com.microsoft::QLinearAdd",
         qlinear_binary_axes,
@@ -158,6 +232,8 @@ OPERATORS = (
         quantised=((0, 2), (3, 5)),
         rounds=True,
         keeps=_SCALES,
+        mirror=qlinear_binary_mirror(operator.add),
+        fixed=frozenset({1, 4, 6}),
     ),
     Operator(
         "com.microsoft::QLinearMul",
@@ -167,6 +243,8 @@ OPERATORS = (
         quantised=((0, 2), (3, 5)),
         rounds=True,
         keeps=_SCALES,
+        mirror=qlinear_binary_mirror(operator.mul),
+        fixed=frozenset({1, 4, 6}),
     ),
     *(
         Operator(
@@ -176,8 +254,13 @@ OPERATORS = (
             shape=_like(0),
             rounds=True,
             keeps=frozenset({1, 2, 3, 4}),
+            mirror=qlinear_unary_mirror(function),
+            fixed=frozenset({1, 3}),
         )
-        for name, dead in (("LeakyRelu", zero_stays), ("Sigmoid", None))
+        for name, dead, function in (
+            ("LeakyRelu", zero_stays, lambda m, x: F.leaky_relu(x, float(m.attr("alpha", 0.01)))),
+            ("Sigmoid", None, lambda m, x: torch.sigmoid(x)),
+        )
     ),
     Operator(
         "com.microsoft::QLinearGlobalAveragePool",
@@ -186,6 +269,8 @@ OPERATORS = (
         shape=_global_pool_shape,
         rounds=True,
         keeps=frozenset({1, 2, 3, 4}),
+        mirror=qlinear_unary_mirror(spatial_mean),
+        fixed=frozenset({1, 3}),
     ),
     Operator(
         "com.microsoft::QLinearConcat",
@@ -194,6 +279,8 @@ OPERATORS = (
         shape=_concat_shape,
         joins=True,
         rounds=True,
+        mirror=qlinear_concat_mirror,
+        fixed=frozenset(range(0, 999, 3)),  # the scales of all parts
     ),
     Operator(
         "com.microsoft::QLinearSoftmax",
@@ -201,5 +288,7 @@ OPERATORS = (
         shape=_like(0),
         rounds=True,
         keeps=frozenset({1, 2, 3, 4}),
+        mirror=qlinear_unary_mirror(qlinear_softmax),
+        fixed=frozenset({1, 3}),
     ),
 )

@@ -43,6 +43,7 @@ class Operator:
     indices: (input, input) pairs of indices and the tensor that they look up along `axis` (0 by default).
     rounds: it computes in, or rounds to, 8-bit integers.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
+    carries: it moves or compares values and computes none, so that integers may be carried through it as floats.
     mirror: the operator in torch, recorded into the mirror's graph. None: a model with it can't be trained.
     fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
     """
@@ -67,6 +68,7 @@ class Operator:
     indices: tuple[tuple[int, int], ...] = ()
     rounds: bool = False
     quantised: tuple[tuple[int, int], ...] = ()
+    carries: bool = False
     mirror: MirrorRule | None = None
     fixed: frozenset[int] = frozenset()
 

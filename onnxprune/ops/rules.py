@@ -349,7 +349,8 @@ class MirrorContext(Protocol):
         """True where input i is present."""
 
     def tensor(self, i: int) -> Any:
-        """Input i as a tensor. An 8-bit tensor may be carried as floats that hold whole numbers (see `carried`)."""
+        """Input i as a tensor. One of integers may be carried as floats that hold whole numbers, where the operator
+        `carries`."""
 
     def optional(self, i: int) -> Any:
         """As `tensor`; None where the input is absent."""
@@ -387,6 +388,27 @@ class MirrorContext(Protocol):
 
     def torch_type(self, elem_type: int) -> Any:
         """torch dtype of an ONNX element type."""
+
+    def elem_type(self, i: int) -> int:
+        """ONNX element type of input i; 0 where it is unknown or absent."""
+
+    def output_elem_type(self, j: int = 0) -> int:
+        """ONNX element type of output j."""
+
+    def stored(self, i: int) -> np.ndarray | None:
+        """As `constant`, for stored tensors of any size."""
+
+    def whole(self, i: int) -> Any:
+        """Input i, a tensor of integers, as floats that hold whole numbers."""
+
+    def weight(
+        self, i: int, scale: np.ndarray, zero_point: np.ndarray, *, axis: int | None = None, block: int = 0
+    ) -> Any:
+        """A parameter with what the integers of input i stand for: (q - zero point) * scale, with one scale, one per
+        index of an axis or one per block along it. None where the input is no stored tensor of several integers."""
+
+    def carry(self, x: Any, j: int = 0) -> Any:
+        """Say that x, output j, holds integers as floats. Returns it."""
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Record the call of a function: one that makes tensors, or one of `ops.kernels`."""
