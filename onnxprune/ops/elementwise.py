@@ -284,8 +284,17 @@ OPERATORS = (
         shape=first_shape,
         broadcasts=True,
         mirror=lambda m: m.tensor(0),
+        carries=True,
     ),
-    Operator("Cast", first_input_axes, evaluated(_dead_cast), evaluate=_cast, broadcasts=True, mirror=cast_mirror),
+    Operator(
+        "Cast",
+        first_input_axes,
+        evaluated(_dead_cast),
+        evaluate=_cast,
+        broadcasts=True,
+        mirror=cast_mirror,
+        carries=True,
+    ),
     Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast, mirror=cast_like_mirror),
     Operator("BitCast", mirror=bit_cast_mirror),
     _binary("Add", np.add, arithmetic(operator.add)),
@@ -330,13 +339,13 @@ OPERATORS = (
         Operator(f"Bitwise{name}", elementwise_axes, mirror=widened(between(f"bitwise_{name.lower()}")))
         for name in ("And", "Or", "Xor")
     ),
-    _binary("Max", _variadic(np.maximum), extreme("maximum", "min")),
-    _binary("Min", _variadic(np.minimum), extreme("minimum", "max")),
+    _binary("Max", _variadic(np.maximum), extreme("maximum", "min"), carries=True),
+    _binary("Min", _variadic(np.minimum), extreme("minimum", "max"), carries=True),
     _binary("Sum", _variadic(np.add), arithmetic(operator.add)),
     _binary(
         "Mean",
         lambda *xs: _variadic(np.add)(*xs) / len(xs),
         lambda m: arithmetic(operator.add)(m) / len(m.node.inputs),
     ),
-    _binary("Where", np.where, lambda m: torch.where(m.tensor(0), m.operand(1), m.operand(2)), chosen),
+    _binary("Where", np.where, lambda m: torch.where(m.tensor(0), m.operand(1), m.operand(2)), chosen, carries=True),
 )
