@@ -59,9 +59,8 @@ class Windows:
 
     @property
     def direct(self) -> bool:
-        """True where torch takes the padding: the same on both sides, and no more than half a window."""
-        spans = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
-        return symmetric(self.pads) and all(p <= n // 2 for p, n in zip(self.pads, spans, strict=False))
+        """True where torch takes the padding: the same on both sides, and no more than half a kernel."""
+        return symmetric(self.pads) and all(p <= k // 2 for p, k in zip(self.pads, self.kernel, strict=False))
 
     @property
     def before(self) -> list[Any]:

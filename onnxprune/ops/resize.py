@@ -44,34 +44,33 @@ def zero_stays(node: NodeView, states: Sequence[float | None]) -> float | None:
     return 0.0 if states[0] == 0 else None
 
 
+ATTRIBUTES: dict[str, tuple[str, Any]] = {  # the kernel's word for it, and the default of both
+    "mode": ("mode", "nearest"),
+    "coordinate_transformation_mode": ("coordinates", "half_pixel"),
+    "nearest_mode": ("nearest", "round_prefer_floor"),
+    "cubic_coeff_a": ("cubic", -0.75),
+    "exclude_outside": ("exclude_outside", 0),
+    "antialias": ("antialias", 0),
+    "extrapolation_value": ("extrapolation", 0.0),
+    "keep_aspect_ratio_policy": ("policy", "stretch"),
+}
+
+
 def modes(m: MirrorContext) -> dict[str, Any]:
     """What the kernel must know, as far as it differs from its defaults. Before opset 11 coordinates were asymmetric,
     and 'nearest' was the pixel below, or above where the image shrinks."""
+    mode = m.attr("mode", "nearest")
     if m.node.op == "Upsample" or m.node.opset < 11:
-        found = {"mode": m.attr("mode", "nearest"), "coordinates": "asymmetric", "nearest": "simple"}
-        return {k: v for k, v in found.items() if (k, v) != ("mode", "nearest")}
-    found = {
-        "mode": m.attr("mode", "nearest"),
-        "coordinates": m.attr("coordinate_transformation_mode", "half_pixel"),
-        "nearest": m.attr("nearest_mode", "round_prefer_floor"),
-        "cubic": float(m.attr("cubic_coeff_a", -0.75)),
-        "exclude_outside": bool(m.attr("exclude_outside", 0)),
-        "antialias": bool(m.attr("antialias", 0)),
-        "extrapolation": float(m.attr("extrapolation_value", 0.0)),
-        "policy": m.attr("keep_aspect_ratio_policy", "stretch"),
-    }
-    unused = {"nearest": found["mode"] != "nearest", "cubic": found["mode"] != "cubic"}
-    defaults = {
-        "mode": "nearest",
-        "coordinates": "half_pixel",
-        "nearest": "round_prefer_floor",
-        "cubic": -0.75,
-        "exclude_outside": False,
-        "antialias": False,
-        "extrapolation": 0.0,
-        "policy": "stretch",
-    }
-    return {k: v for k, v in found.items() if v != defaults[k] and not unused.get(k)}
+        found = {"coordinates": "asymmetric", "nearest": "simple"}
+        return found if mode == "nearest" else {"mode": mode, "coordinates": "asymmetric"}
+    given = {word: m.attr(name, default) for name, (word, default) in ATTRIBUTES.items()}
+    defaults = dict(ATTRIBUTES.values())
+    unused = {"nearest"} if mode != "nearest" else {"cubic", "exclude_outside", "antialias"}
+    return {word: value for word, value in given.items() if value != defaults[word] and word not in unused}
+
+
+def floats(m: MirrorContext) -> bool:
+    return getattr(m.dtype(0), "is_floating_point", True)
 
 
 def empty(m: MirrorContext, i: int) -> bool:
@@ -97,7 +96,7 @@ def resize_mirror(m: MirrorContext) -> Any:
         how["axes"] = [int(a) for a in axes]
     scales = scales_of(m)
     if scales is not None:
-        common = interpolated(x, scales, how, rank)
+        common = interpolated(x, scales, how, rank) if floats(m) else None
         return m.call(_run.resize_by, x, scales, **roi(m, how), **how) if common is None else common
     at = 1 if old else 2
     if not empty(m, at):

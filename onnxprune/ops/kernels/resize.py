@@ -156,10 +156,10 @@ def positions(a: Axis, how: How, device: torch.device) -> Tensor:
         return x * 0.0
     if kind == "tf_half_pixel_for_nn":
         return (x + 0.5) / scale
-    centred = (x + 0.5) / scale - 0.5
+    centred = (x + 0.5) / scale
     if kind == "half_pixel_symmetric":
-        return centred + 0.5 * a.size * (1 - a.result / (a.scale * a.size))
-    return centred
+        centred = centred + single(a.size / 2 * single(1 - single(a.result / single(a.scale * a.size))))
+    return centred - 0.5
 
 
 def nearest(x: Tensor, a: Axis, how: How) -> Tensor:
