@@ -7,12 +7,18 @@ several query heads share a key-value head, one query head alone does not vanish
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from onnxprune.axes.expr import Expr
+from onnxprune.ops.lazy import kernels
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS"]
+
+_run = kernels("attention")
+_fused = kernels("fused_attention")
+_linear = kernels("linear_attention")
 
 
 def packed_attention_axes(c: AxisContext) -> None:
@@ -299,6 +305,103 @@ def embed_shape(node, inputs):
     return [full, (6, (ids[0],)), full][: len(node.outputs)]
 
 
+def given(m: MirrorContext, *inputs: int) -> list[Any]:
+    """These inputs as tensors; None for those that are absent."""
+    return [m.optional(i) for i in inputs]
+
+
+def scale_of(m: MirrorContext) -> float | None:
+    """The factor of the scores; None: one over the root of the width."""
+    return float(m.attr("scale", 0.0) or 0.0) or None
+
+
+def packed_attention_mirror(m: MirrorContext) -> Any:
+    if m.attr("do_rotary", 0):
+        raise m.unsupported("it rotates")
+    if m.attr("past_present_share_buffer", 0):
+        raise m.unsupported("past and present share a buffer")
+    settings = (int(m.attr("num_heads")), m.attr("qkv_hidden_sizes"), bool(m.attr("unidirectional", 0)), scale_of(m))
+    fill = float(m.attr("mask_filter_value", -10000.0))
+    found = m.call(_fused.packed, *given(m, 0, 1, 2, 3, 4, 5), *settings, fill)
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def multi_head_mirror(m: MirrorContext) -> Any:
+    if m.has(8) or m.has(9):
+        raise m.unsupported("past and present share a buffer")
+    settings = (int(m.attr("num_heads")), bool(m.attr("unidirectional", 0)), scale_of(m))
+    found = m.call(_fused.multi_head, *given(m, *range(8)), *settings, float(m.attr("mask_filter_value", -10000.0)))
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def grouped_query_mirror(m: MirrorContext) -> Any:
+    """Inputs: Q, K, V, past keys and values, last positions, the longest sequence, cosines, sines, positions, what is
+    added to the scores, sinks."""
+    if m.has(11) or m.attr("smooth_softmax", 0) or len(m.node.outputs) > 3:
+        raise m.unsupported("an attention sink, or scores as an output")
+    if m.attr("k_quant_type", "NONE") != "NONE" or m.attr("v_quant_type", "NONE") != "NONE":
+        raise m.unsupported("a quantised cache")
+    tables = tuple(given(m, 7, 8)) if m.attr("do_rotary", 0) else None
+    found = m.call(
+        _fused.grouped_query,
+        *given(m, 0, 1, 2, 3, 4, 5),
+        m.ints(6)[0],
+        tables,
+        *given(m, 9, 10),
+        (int(m.attr("num_heads")), int(m.attr("kv_num_heads"))),
+        scale_of(m),
+        float(m.attr("softcap", 0.0)),
+        int(m.attr("local_window_size", -1)),
+        bool(m.attr("rotary_interleaved", 0)),
+    )
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def rotary_mirror(m: MirrorContext) -> Any:
+    """X, cosines, sines, positions; com.microsoft has the positions second."""
+    order = (0, 2, 3, 1) if m.node.op.startswith("com.") else (0, 1, 2, 3)
+    if m.attr("is_packed_batching", 0) or float(m.attr("scale", 1.0)) != 1:
+        raise m.unsupported("packed batches, or a scale")
+    width = int(m.attr("rotary_embedding_dim", 0))
+    return m.call(_run.rotary, *given(m, *order), int(m.attr("num_heads", 0)), bool(m.attr("interleaved", 0)), width)
+
+
+def onnx_attention_mirror(m: MirrorContext) -> Any:
+    """Q, K, V, mask, past keys and values, lengths; the result, keys, values, scores."""
+    flat = m.attr("q_num_heads") is not None and m.rank(0) != 4
+    counts = (int(m.attr("q_num_heads")), int(m.attr("kv_num_heads"))) if flat else None
+    window = (bool(m.attr("is_causal", 0)), int(m.attr("left_window_size", -1)), int(m.attr("right_window_size", -1)))
+    mode = int(m.attr("qk_matmul_output_mode", 0)) if len(m.node.outputs) > 3 and m.node.outputs[3] else None
+    softcap = float(m.attr("softcap", 0.0))
+    if plain_attention(m, flat, window, mode, softcap):
+        return m.call(_run.attend, *given(m, 0, 1, 2, 3), scale_of(m), window[0])
+    found = m.call(_run.attention, *given(m, *range(7)), counts, scale_of(m), softcap, window, mode)
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def plain_attention(m: MirrorContext, flat: bool, window: tuple[bool, int, int], mode: int | None, cap: float) -> bool:
+    """By heads, without a cache or a mask that may end early."""
+    extras = any(m.has(i) for i in (3, 4, 5, 6)) or any(m.node.outputs[1:])
+    return not (flat or extras or cap or mode is not None or max(window[1:]) >= 0)
+
+
+def embed_mirror(m: MirrorContext) -> Any:
+    found = m.call(_fused.embed_layer_norm, *given(m, *range(9)), float(m.attr("epsilon", 1e-12)))
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def linear_attention_mirror(m: MirrorContext) -> Any:
+    """Q, K, V, the state so far, decays, and how much is written; the result and the state."""
+    counts = (int(m.attr("q_num_heads")), int(m.attr("kv_num_heads")))
+    found = m.call(_linear.linear_attention, *given(m, *range(6)), counts, float(m.attr("scale", 0.0) or 0.0))
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
+def causal_conv_mirror(m: MirrorContext) -> Any:
+    found = m.call(_linear.causal_conv, *given(m, *range(4)), m.attr("activation", "none"))
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
 OPERATORS = (
     Operator(
         "com.microsoft::Attention",
@@ -307,6 +410,7 @@ OPERATORS = (
         packed_attention_macs,
         patch_packed_attention,
         shape=packed_attention_shape,
+        mirror=packed_attention_mirror,
     ),
     Operator(
         "com.microsoft::MultiHeadAttention",
@@ -315,6 +419,7 @@ OPERATORS = (
         attention_macs,
         patch_heads,
         shape=multi_head_shape,
+        mirror=multi_head_mirror,
     ),
     Operator(
         "com.microsoft::GroupQueryAttention",
@@ -323,11 +428,32 @@ OPERATORS = (
         attention_macs,
         patch_grouped,
         shape=grouped_query_shape,
+        mirror=grouped_query_mirror,
+        fixed=frozenset({7, 8}),
     ),
-    Operator("com.microsoft::RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary, shape=lambda n, i: [i[0]]),
-    Operator("RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary),
-    Operator("Attention", onnx_attention_axes, value_dead, attention_macs, patch_onnx_attention),
     Operator(
-        "com.microsoft::EmbedLayerNormalization", embed_axes, embed_dead, shape=embed_shape, indices=((0, 2), (1, 4))
+        "com.microsoft::RotaryEmbedding",
+        rotary_axes,
+        rotary_dead,
+        patch=patch_rotary,
+        shape=lambda n, i: [i[0]],
+        mirror=rotary_mirror,
+        fixed=frozenset({2, 3}),
+    ),
+    Operator(
+        "RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary, mirror=rotary_mirror, fixed=frozenset({1, 2})
+    ),
+    Operator(
+        "Attention", onnx_attention_axes, value_dead, attention_macs, patch_onnx_attention, mirror=onnx_attention_mirror
+    ),
+    Operator("LinearAttention", mirror=linear_attention_mirror),
+    Operator("CausalConvWithState", mirror=causal_conv_mirror),
+    Operator(
+        "com.microsoft::EmbedLayerNormalization",
+        embed_axes,
+        embed_dead,
+        shape=embed_shape,
+        indices=((0, 2), (1, 4)),
+        mirror=embed_mirror,
     ),
 )
