@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from onnxprune.axes.expr import Expr, stretches
+from onnxprune.ops.lazy import F, kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS", "carried", "reshape"]
+
+_run = kernels("layout")
 
 
 def carried(node: NodeView, states: Sequence[float | None]) -> float | None:
@@ -166,7 +169,8 @@ def space_to_depth_axes(c: AxisContext) -> None:
     x, b = c.axes(0), int(c.attr("blocksize"))
     c.freeze("a spatial axis", *x[2:])
     block = c.frozen(b * b, "a pixel shuffle's block")
-    c.output(x[0], c.product(block, x[1]), *(c.frozen(n, "a spatial axis") for n in c.output_shape()[2:]))
+    order = (block, x[1]) if c.attr("mode", "DCR") == "DCR" else (x[1], block)
+    c.output(x[0], c.product(*order), *(c.frozen(n, "a spatial axis") for n in c.output_shape()[2:]))
 
 
 def _reshaped(n: NodeView, x: Any, shape: Any = None) -> Any:
@@ -213,14 +217,93 @@ def flatten_mirror(m: MirrorContext) -> Any:
     return x.flatten(0, axis - 1).flatten(1)
 
 
+def reshape_mirror(m: MirrorContext) -> Any:
+    x, allowzero = m.tensor(0), bool(m.attr("allowzero", 0))
+    sizes = list(m.attr("shape")) if m.node.opset < 5 else m.ints(1)
+    if not isinstance(sizes, list):
+        return m.call(_run.reshape, x, sizes, allowzero)
+    if not allowzero:
+        sizes = [x.size(k) if isinstance(n, int) and n == 0 else n for k, n in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def transpose_mirror(m: MirrorContext) -> Any:
+    perm = m.attr("perm")
+    if perm is None and m.rank(0) is None:
+        return m.call(_run.reversed_axes, m.tensor(0))
+    return m.tensor(0).permute(tuple(perm if perm is not None else range(m.rank(0) or 0)[::-1]))
+
+
+def stated_axes(m: MirrorContext) -> Any:
+    """The axes of a Squeeze or Unsqueeze: a list, or a proxy of one that is computed from data."""
+    if m.node.opset < 13:
+        found = m.attr("axes")
+        return None if found is None else [int(k) for k in found]
+    return m.ints(1) if m.has(1) else None
+
+
+def squeeze_mirror(m: MirrorContext) -> Any:
+    axes = stated_axes(m)
+    if axes is None:
+        return m.tensor(0).squeeze()
+    if not isinstance(axes, list):
+        return m.call(_run.squeeze, m.tensor(0), axes)
+    return m.tensor(0).squeeze(axes[0] if len(axes) == 1 else tuple(axes))
+
+
+def unsqueeze_mirror(m: MirrorContext) -> Any:
+    axes = stated_axes(m)
+    if isinstance(axes, list) and len(axes) == 1:
+        return m.tensor(0).unsqueeze(axes[0])
+    return m.call(_run.unsqueeze, m.tensor(0), axes)
+
+
+def expand_mirror(m: MirrorContext) -> Any:
+    """As torch has it where every size that is asked for is a number; an axis keeps its size where that is 1."""
+    x, sizes, rank = m.tensor(0), m.ints(1), m.rank(0)
+    if rank is None or not isinstance(sizes, list) or not all(isinstance(n, int) for n in sizes) or len(sizes) < rank:
+        return m.call(_run.expand, x, sizes)
+    new = len(sizes) - rank
+    return x.expand([-1 if n == 1 and k >= new else n for k, n in enumerate(sizes)])
+
+
+def depth_to_space_mirror(m: MirrorContext) -> Any:
+    x, b = m.tensor(0), int(m.attr("blocksize"))
+    if m.attr("mode", "DCR") == "CRD":
+        return F.pixel_shuffle(x, b)
+    n, c, h, w = (x.size(k) for k in range(4))
+    parts = x.reshape(n, b, b, c // (b * b), h, w).permute(0, 3, 4, 1, 5, 2)
+    return parts.reshape(n, c // (b * b), h * b, w * b)
+
+
+def space_to_depth_mirror(m: MirrorContext) -> Any:
+    x, b = m.tensor(0), int(m.attr("blocksize"))
+    n, c, h, w = (x.size(k) for k in range(4))
+    order = (0, 3, 5, 1, 2, 4) if m.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    parts = x.reshape(n, c, h // b, b, w // b, b).permute(order)
+    return parts.reshape(n, c * b * b, h // b, w // b)
+
+
 OPERATORS = (
-    Operator("Reshape", reshape_axes, carried, patch=patch_target, evaluate=_reshaped),
-    Operator("Flatten", flatten_axes, carried, evaluate=_flattened, mirror=flatten_mirror),
-    Operator("Transpose", transpose_axes, carried, evaluate=_transposed),
-    Operator("Squeeze", squeeze_axes, carried, evaluate=_squeezed),
-    Operator("Unsqueeze", unsqueeze_axes, carried, evaluate=_unsqueezed),
-    Operator("Expand", expand_axes, carried, patch=patch_expand, evaluate=_expanded),
-    Operator("Tile", tile_axes, carried, patch=patch_tile, evaluate=lambda n, x, r: np.tile(x, [int(k) for k in r])),
-    Operator("DepthToSpace", depth_to_space_axes, carried),
-    Operator("SpaceToDepth", space_to_depth_axes, carried),
+    Operator(
+        "Reshape", reshape_axes, carried, patch=patch_target, evaluate=_reshaped, mirror=reshape_mirror, carries=True
+    ),
+    Operator("Flatten", flatten_axes, carried, evaluate=_flattened, mirror=flatten_mirror, carries=True),
+    Operator("Transpose", transpose_axes, carried, evaluate=_transposed, mirror=transpose_mirror, carries=True),
+    Operator("Squeeze", squeeze_axes, carried, evaluate=_squeezed, mirror=squeeze_mirror, carries=True),
+    Operator("Unsqueeze", unsqueeze_axes, carried, evaluate=_unsqueezed, mirror=unsqueeze_mirror, carries=True),
+    Operator(
+        "Expand", expand_axes, carried, patch=patch_expand, evaluate=_expanded, mirror=expand_mirror, carries=True
+    ),
+    Operator(
+        "Tile",
+        tile_axes,
+        carried,
+        patch=patch_tile,
+        evaluate=lambda n, x, r: np.tile(x, [int(k) for k in r]),
+        mirror=lambda m: m.tensor(0).repeat(m.ints(1)),
+        carries=True,
+    ),
+    Operator("DepthToSpace", depth_to_space_axes, carried, mirror=depth_to_space_mirror, carries=True),
+    Operator("SpaceToDepth", space_to_depth_axes, carried, mirror=space_to_depth_mirror, carries=True),
 )
