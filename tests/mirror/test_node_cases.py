@@ -25,8 +25,6 @@ PENDING = {  # operators without a mirror rule so far
     "Attention",
     "CausalConvWithState",
     "CenterCropPad",
-    "",
-    "",
     "GRU",
     "GroupNormalization",
     "Hardmax",
@@ -40,14 +38,8 @@ PENDING = {  # operators without a mirror rule so far
     "MeanVarianceNormalization",
     "RMSNormalization",
     "RNN",
-    "",
     "RotaryEmbedding",
     "Softmax",
-    "",
-    "",
-    "",
-    "",
-    "",
 }
 
 
