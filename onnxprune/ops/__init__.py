@@ -21,6 +21,7 @@ from onnxprune.ops import (
     reduce,
     resize,
     signal,
+    softmax,
 )
 from onnxprune.ops.registry import Operator, Registry
 
@@ -47,6 +48,7 @@ _FAMILIES = (
     reduce,
     resize,
     signal,
+    softmax,
 )
 
 OPERATORS = Registry(operator for family in _FAMILIES for operator in family.OPERATORS)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import prod, sqrt
 from typing import Any
 
-from onnxprune.ops.lazy import kernels
+from onnxprune.ops.lazy import F, kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, MirrorContext, NodeView, PatchContext
 
@@ -177,15 +177,6 @@ def patch_group_norm(p: PatchContext) -> None:
     p.set_attr("num_groups", p.noted("groups"))
 
 
-def softmax_axes(c: AxisContext) -> None:
-    """Before opset 13 everything from the axis on is one distribution."""
-    x = c.axes(0)
-    old = c.node.opset < 13
-    axis = int(c.attr("axis", 1 if old else -1)) % max(len(x), 1)
-    c.freeze(f"a {c.node.op} runs over it", *(x[axis:] if old else x[axis : axis + 1]))
-    c.output(*x)
-
-
 def lrn_axes(c: AxisContext) -> None:
     c.freeze("a local response normalisation runs over neighbouring channels", c.axes(0)[1])
     c.output(*c.axes(0))
@@ -213,9 +204,125 @@ def _as_input(node, inputs):
 
 
 def batch_norm_mirror(m: MirrorContext) -> Any:
-    scale, bias, mean, variance = (m.tensor(i) for i in range(1, 5))
+    """With its own statistics of the batch where the node is in training mode; before opset 14 its further outputs
+    told that. Before opset 9 `spatial=0` asked for statistics of every place by itself."""
+    x, (scale, bias, mean, variance) = m.tensor(0), (m.tensor(i) for i in range(1, 5))
     momentum, eps = 1 - float(m.attr("momentum", 0.9)), float(m.attr("epsilon", 1e-5))
-    return m.call(_run.batch_norm, m.tensor(0), mean, variance, scale, bias, m.training, momentum, eps)
+    if m.attr("training_mode", 0) or (m.node.opset < 14 and any(m.node.outputs[1:])):
+        found = m.call(_run.batch_norm_of_batch, x, mean, variance, scale, bias, momentum, eps)
+        return [found[j] for j in range(len(m.node.outputs))]
+    if not m.attr("spatial", 1):
+        each = (p.flatten() for p in (mean, variance, scale, bias))
+        return m.call(_run.batch_norm, x.flatten(1), *each, m.training, momentum, eps).view_as(x)
+    return m.call(_run.batch_norm, x, mean, variance, scale, bias, m.training, momentum, eps)
+
+
+def instance_norm_mirror(m: MirrorContext) -> Any:
+    return m.call(_run.instance_norm, m.tensor(0), m.tensor(1), m.tensor(2), float(m.attr("epsilon", 1e-5)))
+
+
+def is_stored(m: MirrorContext, i: int) -> bool:
+    """True for a tensor that the module holds, whose shape is the same for all inputs."""
+    return m.has(i) and m.tensor(i).node.op == "get_attr"
+
+
+def whole_shape(m: MirrorContext, axis: int, *affine: int) -> tuple[int, ...] | None:
+    """The shape that is normalised, where stored parameters state it and none of them is broadcast."""
+    shape, rank = m.shape(affine[0]), m.rank(0)
+    if shape is None or rank is None or None in shape or not all(is_stored(m, i) for i in affine):
+        return None
+    if (
+        any(m.shape(i) != shape for i in affine)
+        or len(shape) != rank - axis % rank
+        or shape != m.shape(0)[axis % rank :]
+    ):
+        return None
+    return shape
+
+
+def layer_norm_mirror(m: MirrorContext) -> Any:
+    axis, eps = int(m.attr("axis", -1)), float(m.attr("epsilon", 1e-5))
+    return layer_normed(m, m.tensor(0), (1, 2), axis, eps, m.node.outputs[1:])
+
+
+def layer_normed(
+    m: MirrorContext, x: Any, affine: tuple[int, int], axis: int, eps: float, further: Sequence[str]
+) -> list[Any]:
+    """[result, mean, inverse standard deviation], the latter only where `further` outputs want them."""
+    scale, bias = (m.optional(i) for i in affine)
+    if any(further):
+        found = m.call(_run.layer_norm_statistics, x, scale, bias, axis, eps)
+        return [found[0], *(as_declared(m, found[j], j) for j in (1, 2))]
+    shape = whole_shape(m, axis, *(i for i in affine if m.has(i)))
+    if shape is not None:
+        return [F.layer_norm(x, shape, scale, bias, eps)]
+    return [m.call(_run.layer_norm, x, scale, bias, axis, eps)]
+
+
+def as_declared(m: MirrorContext, x: Any, j: int) -> Any:
+    """Output j in its declared type: statistics are floats where the tensor is of halves."""
+    dtype = m.output_dtype(j)
+    return x if dtype is None or dtype == m.dtype(0) else x.to(dtype)
+
+
+def rms_norm_mirror(m: MirrorContext) -> Any:
+    axis, eps = int(m.attr("axis", -1)), float(m.attr("epsilon", 1e-5))
+    return rms_normed(m, m.tensor(0), 1, axis, eps, m.node.outputs[1:], 1)
+
+
+def rms_normed(
+    m: MirrorContext, x: Any, gamma: int, axis: int, eps: float, further: Sequence[str], j: int
+) -> list[Any]:
+    """[result, inverse root mean square], the latter only where `further` outputs want it, as output j."""
+    if any(further):
+        found = m.call(_run.rms_norm_statistics, x, m.optional(gamma), axis, eps)
+        return [found[0], as_declared(m, found[1], j)]
+    shape = whole_shape(m, axis, gamma) if m.has(gamma) else None
+    if shape is not None:
+        return [F.rms_norm(x, shape, m.tensor(gamma), eps)]
+    return [m.call(_run.rms_norm, x, m.optional(gamma), axis, eps)]
+
+
+def skip_sum(m: MirrorContext, bias: int) -> Any:
+    x = m.tensor(0) + m.tensor(1)
+    return x + m.tensor(bias) if m.has(bias) else x
+
+
+def skip_layer_norm_mirror(m: MirrorContext) -> Any:
+    """Inputs x, skip, gamma, beta, bias; outputs the norm, mean, inverse standard deviation, and the sum."""
+    x, eps = skip_sum(m, 4), float(m.attr("epsilon", 1e-12))
+    found = layer_normed(m, x, (2, 3), -1, eps, m.node.outputs[1:3])
+    return [*found, *[None] * (3 - len(found)), x]
+
+
+def skip_rms_norm_mirror(m: MirrorContext) -> Any:
+    """Inputs x, skip, gamma, bias; outputs the norm, nothing, inverse root mean square, and the sum."""
+    x, eps = skip_sum(m, 3), float(m.attr("epsilon", 1e-12))
+    found = rms_normed(m, x, 2, -1, eps, m.node.outputs[1:3], 2)
+    return [found[0], None, found[1] if len(found) > 1 else None, x]
+
+
+def group_norm_mirror(m: MirrorContext) -> Any:
+    """Before opset 21 scale and bias were the groups'."""
+    groups, eps = int(m.attr("num_groups")), float(m.attr("epsilon", 1e-5))
+    tensors = (m.tensor(0), groups, m.tensor(1), m.tensor(2), eps)
+    return m.call(_run.group_norm, *tensors) if m.node.opset < 21 else F.group_norm(*tensors)
+
+
+def lrn_mirror(m: MirrorContext) -> Any:
+    size, alpha = int(m.attr("size")), float(m.attr("alpha", 1e-4))
+    beta, bias = float(m.attr("beta", 0.75)), float(m.attr("bias", 1.0))
+    if size % 2 and m.rank(0) not in (2, None):
+        return F.local_response_norm(m.tensor(0), size, alpha, beta, bias)
+    return m.call(_run.local_response_norm, m.tensor(0), size, alpha, beta, bias)
+
+
+def lp_normalization_mirror(m: MirrorContext) -> Any:
+    return m.call(_run.lp_normalize, m.tensor(0), float(m.attr("p", 2)), int(m.attr("axis", -1)))
+
+
+def mean_variance_mirror(m: MirrorContext) -> Any:
+    return m.call(_run.mean_variance_norm, m.tensor(0), [int(k) for k in m.attr("axes", [0, 2, 3])])
 
 
 OPERATORS = (
@@ -229,8 +336,20 @@ OPERATORS = (
         mirror=batch_norm_mirror,
         fixed=frozenset({3, 4}),
     ),
-    Operator("InstanceNormalization", instance_norm_axes, affine_dead(1, 2), mask=mask_norm(Kind.NORM, 2, 1, 2)),
-    Operator("LayerNormalization", layer_norm(Kind.NORM), affine_dead(1, 2), mask=mask_norm(Kind.NORM, None, 1, 2)),
+    Operator(
+        "InstanceNormalization",
+        instance_norm_axes,
+        affine_dead(1, 2),
+        mask=mask_norm(Kind.NORM, 2, 1, 2),
+        mirror=instance_norm_mirror,
+    ),
+    Operator(
+        "LayerNormalization",
+        layer_norm(Kind.NORM),
+        affine_dead(1, 2),
+        mask=mask_norm(Kind.NORM, None, 1, 2),
+        mirror=layer_norm_mirror,
+    ),
     Operator(
         "RMSNormalization",
         layer_norm(Kind.RMS),
@@ -238,23 +357,40 @@ OPERATORS = (
         patch=patch_rms(-1, 1),
         shape=_as_input,
         mask=mask_norm(Kind.RMS, None, 1, None),
+        mirror=rms_norm_mirror,
     ),
     Operator(
-        "SimplifiedLayerNormalization", layer_norm(Kind.RMS), affine_dead(1, 2), patch=patch_rms(-1, 1), shape=_as_input
+        "SimplifiedLayerNormalization",
+        layer_norm(Kind.RMS),
+        affine_dead(1, 2),
+        patch=patch_rms(-1, 1),
+        shape=_as_input,
+        mirror=rms_norm_mirror,
     ),
-    Operator("com.microsoft::SkipLayerNormalization", skip_norm(Kind.NORM, 2, 4), skip_dead, shape=skip_shape),
+    Operator(
+        "com.microsoft::SkipLayerNormalization",
+        skip_norm(Kind.NORM, 2, 4),
+        skip_dead,
+        shape=skip_shape,
+        mirror=skip_layer_norm_mirror,
+    ),
     Operator(
         "com.microsoft::SkipSimplifiedLayerNormalization",
         skip_norm(Kind.RMS, 2, 3),
         skip_dead,
         patch=patch_rms(-1, 2, 1e-12),
         shape=skip_shape,
+        mirror=skip_rms_norm_mirror,
     ),
-    Operator("GroupNormalization", group_norm_axes, affine_dead(1, 2), patch=patch_group_norm, shape=_as_input),
-    Operator("Softmax", softmax_axes),
-    Operator("LogSoftmax", softmax_axes),
-    Operator("Hardmax", softmax_axes, discrete=True),
-    Operator("LRN", lrn_axes, zero_stays),
-    Operator("LpNormalization", lp_normalization_axes, zero_stays),
-    Operator("MeanVarianceNormalization", mean_variance_axes, shape=_as_input),
+    Operator(
+        "GroupNormalization",
+        group_norm_axes,
+        affine_dead(1, 2),
+        patch=patch_group_norm,
+        shape=_as_input,
+        mirror=group_norm_mirror,
+    ),
+    Operator("LRN", lrn_axes, zero_stays, mirror=lrn_mirror),
+    Operator("LpNormalization", lp_normalization_axes, zero_stays, mirror=lp_normalization_mirror),
+    Operator("MeanVarianceNormalization", mean_variance_axes, shape=_as_input, mirror=mean_variance_mirror),
 )

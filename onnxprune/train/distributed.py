@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from onnxprune.ops.kernels.norm import batch_norm
 
 __all__ = ["GradientSum", "Team", "batch_norm", "joined", "local_rank", "synchronised"]
 
@@ -201,63 +202,6 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 # BatchNorm over the global batch
-
-
-class _Gather(torch.autograd.Function):
-    """A vector of every process as the rows of a matrix; a row's gradient goes back, summed, to its process."""
-
-    @staticmethod
-    def forward(ctx: Any, row: Tensor) -> Tensor:
-        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-        dist.all_gather(rows, row.contiguous())
-        return torch.stack(rows)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous()
-        dist.all_reduce(total)
-        return total[dist.get_rank()]
-
-
-def batch_norm(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """`torch.nn.functional.batch_norm` over the batches of all processes together.
-
-    x: (samples, channels, ...). Statistics and gradients are those of the global batch, running statistics stay equal
-    in all processes. Outside of training, or in one process, it is torch's own function.
-    """
-    together = training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not together:
-        return F.batch_norm(x, mean, variance, scale, bias, training, momentum, eps)
-    with torch.autocast(x.device.type, enabled=False):
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        axes = [0, *range(2, x.ndim)]
-        shape = [1, -1, *(1 for _ in axes[1:])]
-        count = wide.new_full((1,), x.numel() / x.shape[1])
-        own = torch.cat([wide.mean(axes), wide.var(axes, unbiased=False), count])
-        rows = _Gather.apply(own)
-        means, variances, counts = rows.split([x.shape[1], x.shape[1], 1], dim=1)
-        total = counts.sum()
-        centre = (means * counts).sum(0) / total
-        spread = ((variances + (means - centre).square()) * counts).sum(0) / total
-        with torch.no_grad():
-            mean.lerp_(centre.to(mean.dtype), momentum)
-            variance.lerp_((spread * (total / (total - 1))).to(variance.dtype), momentum)
-        factor = torch.rsqrt(spread + eps)
-        if scale is not None:
-            factor = factor * scale
-        y = (wide - centre.view(shape)) * factor.view(shape)
-        if bias is not None:
-            y = y + bias.view(shape)
-    return y.to(x.dtype)
 
 
 @contextmanager
