@@ -209,11 +209,17 @@ def _expanded(n: NodeView, x: Any, shape: Any) -> Any:
 
 
 def flatten_mirror(m: MirrorContext) -> Any:
-    x, axis = m.tensor(0), int(m.attr("axis", 1))
-    if axis == 1:
-        return x.flatten(1)
+    x, axis, rank = m.tensor(0), int(m.attr("axis", 1)), m.rank(0)
+    if axis < 0:
+        if rank is None:
+            raise m.unsupported("its axis counts from the back, and the rank is unknown")
+        axis += rank
     if axis == 0:
         return x.reshape(1, -1)
+    if axis == rank:
+        return x.reshape(-1, 1)
+    if axis == 1:
+        return x.flatten(1)
     return x.flatten(0, axis - 1).flatten(1)
 
 
