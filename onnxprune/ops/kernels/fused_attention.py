@@ -147,12 +147,14 @@ def grouped_query(
 
 
 def cached(past: Tensor | None, new: Tensor, place: Tensor, total: int) -> Tensor:
-    """Past keys or values with the new ones written at their places, per batch."""
+    """Past keys or values with the new ones written at their places, per batch, and nothing behind them."""
     held = 0 if past is None else past.size(2)
     if held == 0 and new.size(2) == total:
         return new
     longer = new.new_zeros(new.size(0), new.size(1), max(held, total) - held, new.size(3))
     whole = longer if past is None else torch.cat([past.to(new.dtype), longer], 2)
+    unused = torch.arange(whole.size(2), device=new.device) >= place[:, :1]
+    whole = whole.masked_fill(unused[:, None, :, None], 0.0)
     return whole.scatter(2, place[:, None, :, None].expand(new.shape), new)
 
 
