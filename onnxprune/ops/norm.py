@@ -228,16 +228,11 @@ def is_stored(m: MirrorContext, i: int) -> bool:
 
 def whole_shape(m: MirrorContext, axis: int, *affine: int) -> tuple[int, ...] | None:
     """The shape that is normalised, where stored parameters state it and none of them is broadcast."""
-    shape, rank = m.shape(affine[0]), m.rank(0)
-    if shape is None or rank is None or None in shape or not all(is_stored(m, i) for i in affine):
+    image, shapes = m.shape(0), {m.shape(i) for i in affine}
+    if image is None or len(shapes) != 1 or not all(is_stored(m, i) for i in affine):
         return None
-    if (
-        any(m.shape(i) != shape for i in affine)
-        or len(shape) != rank - axis % rank
-        or shape != m.shape(0)[axis % rank :]
-    ):
-        return None
-    return shape
+    whole = tuple(n for n in shapes.pop() or () if n is not None)
+    return whole if whole == image[axis % len(image) :] else None
 
 
 def layer_norm_mirror(m: MirrorContext) -> Any:

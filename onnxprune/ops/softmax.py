@@ -27,11 +27,11 @@ def along(function: Callable[[], Any]) -> Callable[[MirrorContext], Any]:
     """The rule of a function along an axis; before opset 13 along all axes from it on, taken together."""
 
     def mirror(m: MirrorContext) -> Any:
-        old, rank = m.node.opset < 13, m.rank(0)
+        x, old, rank = m.tensor(0), m.node.opset < 13, m.rank(0)
         axis = int(m.attr("axis", 1 if old else -1))
         if not old or (rank is not None and axis % max(rank, 1) == rank - 1):
-            return m.call(function(), m.tensor(0), axis)
-        return m.call(_run.over_rest, function(), m.tensor(0), axis)
+            return m.call(function(), x, axis)
+        return m.call(function(), x.flatten(axis), -1).reshape_as(x)
 
     return mirror
 

@@ -23,7 +23,6 @@ __all__ = [
     "local_response_norm",
     "lp_normalize",
     "mean_variance_norm",
-    "over_rest",
     "rms_norm",
     "rms_norm_statistics",
 ]
@@ -151,12 +150,6 @@ def rms_norm_statistics(x: Tensor, scale: Tensor | None, axis: int, eps: float) 
     return rms_norm(x, scale, axis, eps), inverse
 
 
-def over_rest(function: Any, x: Tensor, axis: int) -> Tensor:
-    """A function along the last axis of everything from `axis` on, taken together: softmax before opset 13."""
-    axis = axis % max(x.dim(), 1)
-    return function(x.reshape(*x.shape[:axis], -1), -1).reshape(x.shape)
-
-
 def hardmax(x: Tensor, axis: int) -> Tensor:
     """1 at the first of the largest elements along an axis, else 0."""
     return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1.0)
@@ -178,5 +171,6 @@ def lp_normalize(x: Tensor, p: float, axis: int) -> Tensor:
 
 def mean_variance_norm(x: Tensor, axes: Sequence[int]) -> Tensor:
     """Without the mean over these axes, and divided by the standard deviation."""
-    centred = x - x.mean(axes, keepdim=True)
-    return centred / (root(centred.square().mean(axes, keepdim=True), 2) + 1e-9)
+    over = tuple(axes)
+    centred = x - x.mean(over, keepdim=True)
+    return centred / (root(centred.square().mean(over, keepdim=True), 2) + 1e-9)
