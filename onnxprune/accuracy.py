@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from onnxprune.errors import TargetNotReached, UsageError
+from onnxprune.errors import OnnxPruneError, TargetNotReached, UsageError
 from onnxprune.model.graph import Graph
 from onnxprune.model.infer import infer
 from onnxprune.model.load import open_model
@@ -84,6 +84,8 @@ class Work:
         *,
         registry: Mapping[str, Operator],
         threads: int,
+        run_dir: str | os.PathLike[str] | None = None,
+        resume: bool = False,
     ) -> Work | None:
         """None where neither was asked for. Raises UsageError, DataError, NotMirrored."""
         if max_drop is not None and metric is None:
@@ -95,6 +97,8 @@ class Work:
         recovery = None
         if data is not None:
             recovery = _recovery(graph, data, train or TrainSettings(steps=TRAIN_STEPS), recipe, registry)
+            if run_dir is not None and is_first_process():
+                recovery.look_into(Path(run_dir), resume=resume)
         source, judge = None, None
         if metric is not None:
             from onnxprune.metrics import parse_metric
@@ -143,11 +147,19 @@ class Work:
         on_step: Callable[[Row], None] | None,
         **run: Any,
     ) -> Graph:
-        from onnxprune.train.recover import mirror_error
+        from onnxprune.train.recover import kept_channels, mirror_error
 
         assert self.recovery is not None
         warn = result.warnings.append
-        model, report, module = self.recovery.run(pruned, path, shapes=shapes, progress=on_step, notify=warn, **run)
+        try:
+            left = kept_channels(result.analysis, result.plan)
+            model, report, module = self.recovery.run(
+                pruned, path, left=left, shapes=shapes, progress=on_step, notify=warn, **run
+            )
+        except (OnnxPruneError, KeyboardInterrupt) as error:
+            for warning in result.warnings:  # there will be no result to read them in
+                error.add_note(warning)
+            raise
         entry = model.proto.metadata_props.add(key=TRAINED_KEY)
         entry.value = json.dumps({"loss": report.loss, "steps": report.steps})
         written = path.with_name(f"{path.name}.trained")
@@ -185,10 +197,14 @@ def _recovery(
 ) -> Recovery:
     try:
         from onnxprune.train.recover import Recovery
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "torch":
             raise
-        raise UsageError("training wants torch, which is not installed", "pip install 'onnxprune[train]'") from None
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        what = "which is not installed" if missing else f"which can't be imported: {error}"
+        raise UsageError(
+            f"training wants torch, {what}", "pip install 'onnxprune[train]'; or leave --data away: it works without"
+        ) from None
     return Recovery.prepared(
         graph,
         data,

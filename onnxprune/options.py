@@ -120,7 +120,7 @@ def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
     data, resume, run_dir = options.pop("data"), options.pop("resume"), options.pop("run_dir")
     steps, budget = options.pop("steps"), options.pop("time_budget")
     log_file, tensorboard = options.pop("log_file"), options.pop("tensorboard")
-    settings = {name: value for name in SETTINGS if (value := options.pop(name)) is not None}
+    settings: dict[str, Any] = {name: value for name in SETTINGS if (value := options.pop(name)) is not None}
     if steps is not None:
         settings["steps"] = steps
     if budget is not None:
@@ -137,6 +137,8 @@ def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
     lengths = {"steps", "epochs", "time_budget_s"}
     train = None
     if data is not None:
-        train = TrainSettings(seed=seed, **({} if lengths & set(settings) else {"steps": TRAIN_STEPS}), **settings)
+        if not lengths & set(settings):
+            settings["steps"] = TRAIN_STEPS
+        train = TrainSettings(seed=seed, **settings)
     chosen = {name: options.pop(name) for name in ("evaluate", "max_drop")}
     return {"data": data, "train": train, "recipe": recipe, "run_dir": run_dir, "resume": resume, **chosen}

@@ -1,14 +1,14 @@
 """BatchNormalization that an exporter folded into its convolution, put back for training and folded again after it.
 
-A network without normalisation is touchy to train. After a convolution with outputs y of mean m and variance v, a
-BatchNormalization with those statistics, scale sqrt(v + eps) and bias m changes nothing in eval mode; in training it
-normalises by the batch and learns what it was. Folding multiplies it into weight and bias, so that the file keeps its
-form.
+A network without normalisation is touchy to train. A BatchNormalization with mean m, variance v, scale sqrt(v + eps)
+and bias m changes nothing in eval mode, whatever m and v are; in training it brings the statistics of the batch back to
+them. Taken from the network before pruning, they give a pruned one the distributions that its weights were made for.
+Folding multiplies it into weight and bias, so that the file keeps its form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,31 +18,37 @@ from torch.fx import GraphModule, Interpreter, Node
 from onnxprune.mirror.targets import Targets, identifier
 from onnxprune.ops.kernels.norm import batch_norm
 
-__all__ = ["fold", "freeze_statistics", "has_normalisation", "rebn"]
+__all__ = ["Moments", "channel_moments", "fold", "freeze_statistics", "has_normalisation", "rebn"]
 
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 MOMENTUM, EPSILON = 0.1, 1e-5
 PARTS = ("scale", "bias", "mean", "variance")
 
+Moments = Mapping[str, tuple[Tensor, Tensor]]  # mean and variance per channel, by the convolution's weight
 
-def rebn(mirror: GraphModule, batches: Iterable[Sequence[Tensor]]) -> int:
-    """Put a BatchNormalization behind every convolution that can take one; returns how many there are.
 
-    One that can has a weight and a bias of its own, and other weights behind it: what the network gives out is not
-    normalised. batches: inputs, in the order of the mirror's; a few hundred samples are plenty.
-    """
-    chosen = _candidates(mirror)
-    if not chosen:
-        return 0
-    moments = _Moments(mirror, chosen)
+def channel_moments(mirror: GraphModule, batches: Iterable[Sequence[Tensor]]) -> Moments:
+    """Mean and variance of the channels of every convolution that `rebn` may treat. batches: inputs, in the order of
+    the mirror's; a few hundred samples are plenty."""
+    moments = _Sums(mirror, _candidates(mirror))
     with torch.no_grad():
         for inputs in batches:
             moments.run(*inputs)
+    return {str(node.args[1].target): moments.of(node) for node in moments.sums}
+
+
+def rebn(mirror: GraphModule, moments: Moments) -> int:
+    """Put a BatchNormalization behind every convolution that can take one and whose moments are known; returns how
+    many there are.
+
+    One that can has a weight and a bias of its own, and other weights behind it: what the network gives out is not
+    normalised. What the network computes in eval mode does not change.
+    """
+    chosen = [n for n in _candidates(mirror) if n.args[1].target in moments]
     targets = Targets(mirror)
     targets.leaves.update(n for n, _ in (*mirror.named_parameters(), *mirror.named_buffers()))
     for node in chosen:
-        mean, variance = moments.of(node)
-        _insert(mirror, targets, node, mean, variance)
+        _insert(mirror, targets, node, *moments[node.args[1].target])
     mirror.graph.lint()
     mirror.recompile()
     return len(chosen)
@@ -85,7 +91,7 @@ def freeze_statistics(mirror: GraphModule) -> None:
     mirror.recompile()
 
 
-def _candidates(mirror: GraphModule) -> list[Node]:
+def _candidates(mirror: GraphModule) -> list[Any]:
     """Convolutions with a weight and a bias of their own, in front of other convolutions or matrix products."""
     found = []
     feeds_weights: dict[Node, bool] = {}
@@ -139,12 +145,12 @@ def _insert(mirror: GraphModule, targets: Targets, node: Node, mean: Tensor, var
     made.meta["rebn"] = True
 
 
-class _Moments(Interpreter):
+class _Sums(Interpreter):
     """Runs a mirror and adds up the first two moments of some nodes' channels (axis 1)."""
 
-    def __init__(self, mirror: GraphModule, chosen: Sequence[Node]) -> None:
+    def __init__(self, mirror: GraphModule, chosen: Sequence[Any]) -> None:
         super().__init__(mirror)
-        self.sums: dict[Node, list[Any]] = {node: [0, 0.0, 0.0] for node in chosen}
+        self.sums: dict[Any, list[Any]] = {node: [0, 0.0, 0.0] for node in chosen}
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)

@@ -19,16 +19,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from onnxprune.axes.analysis import Analysis
+from onnxprune.axes.expr import kept
+from onnxprune.data.batching import StreamSource
 from onnxprune.data.signature import Signature, signature_of
 from onnxprune.data.source import Source, open_data
 from onnxprune.errors import VerificationFailed
 from onnxprune.mirror import mirror
-from onnxprune.mirror.rebn import fold, freeze_statistics, has_normalisation, rebn
+from onnxprune.mirror.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn
 from onnxprune.mirror.values import stored_values
 from onnxprune.model.graph import Graph, Model
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Training
 from onnxprune.rewrite.weights import with_weights
+from onnxprune.select.plan import Plan
+from onnxprune.train.batching import free_batch
+from onnxprune.train.checkpoint import RunDir
 from onnxprune.train.hooks import Hooks
 from onnxprune.train.log import Row
 from onnxprune.train.loop import train
@@ -39,7 +45,9 @@ from onnxprune.verify.equivalence import tolerance
 from onnxprune.verify.probes import behind_selection
 from onnxprune.verify.runs import Shapes, feeds_that_run, session
 
-__all__ = ["Recovery", "mirror_error"]
+__all__ = ["Recovery", "kept_channels", "mirror_error"]
+
+Kept = Callable[[str], "np.ndarray | None"]
 
 CALIBRATION_BATCHES = 8
 SMALLEST_BATCH = 2  # of fewer samples there are no statistics
@@ -49,7 +57,8 @@ SMALLEST_BATCH = 2  # of fewer samples there are no statistics
 class Recovery:
     """Training that was asked for, checked against the model before any long work.
 
-    teacher: the original as a mirror, where the loss distils from it.
+    whole: the original as a mirror: what the loss may distil from, and what is normalised to. signature: what the mirrors take; a file that is
+    fixed to a batch size may have mirrors that aren't. identity: what a run is continued under, settings aside.
     """
 
     settings: TrainSettings
@@ -57,9 +66,10 @@ class Recovery:
     original: Graph
     registry: Mapping[str, Operator]
     criterion: Any
-    teacher: GraphModule | None
+    whole: GraphModule
     rebn: bool | None
     signature: Signature
+    identity: Mapping[str, Any]
 
     @classmethod
     def prepared(
@@ -81,20 +91,36 @@ class Recovery:
         Raises DataError where the data does not fit, UsageError where the loss does not, NotMirrored where the model
         can't be trained.
         """
-        teacher = mirror(original, half=torch.float32, registry=registry)
+        whole = mirror(original, half=torch.float32, registry=registry)
         signature = signature_of(original)
+        larger = settings.batch // settings.accumulate > (signature.batch or settings.batch)
+        if larger and free_batch(whole, original, signature, seed=settings.seed):
+            signature = signature.with_batch(None)
         source = open_data(data, signature, preprocess=preprocess, cache=cache)
         chosen = criterion(
             loss, outputs=output_kinds(original), distill=distill, temperature=temperature, targets=source.targets
         )
-        needed = teacher if chosen.needs_teacher else None
-        return cls(settings, source, original, registry, chosen, needed, rebn, signature)
+        identity = {
+            "data": source.description.partition(" (")[0] if isinstance(source, StreamSource) else source.description,
+            "preprocess": preprocess,
+            "loss": loss,
+            "distill": distill,
+            "temperature": temperature,
+        }
+        return cls(settings, source, original, registry, chosen, whole, rebn, signature, identity)
+
+    def look_into(self, run_dir: Path, *, resume: bool) -> None:
+        """Raise UsageError where the run directory is in use, holds a run that is not to be resumed, or one under other
+        settings, as far as they are known before the surgery."""
+        about = {**self.settings.decisive(), **self.identity}
+        RunDir(run_dir, about=about, keep=self.settings.keep, notify=lambda _: None).look(resume=resume)
 
     def run(
         self,
         pruned: Graph,
         path: Path,
         *,
+        left: Kept = lambda _: None,
         shapes: Shapes = None,
         run_dir: Path | None = None,
         resume: bool = False,
@@ -104,10 +130,10 @@ class Recovery:
         notify: Callable[[str], None] = lambda _: None,
     ) -> tuple[Model, Training, GraphModule]:
         """Train the pruned model, which stands in `path` too; gives it with its new weights, how it went, and the
-        trained mirror."""
-        student = mirror(pruned, half=torch.float32, registry=self.registry)
+        trained mirror. left: the channels that are left of those that a convolution's weight makes, by its name."""
+        student = self._student(pruned)
         before = mirror_error(student, pruned, path, registry=self.registry, seed=self.settings.seed, shapes=shapes)
-        inserted = self.normalise(student)
+        inserted = self.normalise(student, left)
         result = train(
             student,
             self.source,
@@ -115,10 +141,15 @@ class Recovery:
             self.settings,
             input_names=student.meta["inputs"],
             output_names=student.meta["outputs"],
-            teacher=self.teacher,
+            teacher=self.whole if self.criterion.needs_teacher else None,
             run_dir=run_dir,
             resume=resume,
-            identity={**(identity or {}), "rebn": inserted, "loss": self.criterion.name, "model": fingerprint(pruned)},
+            identity={
+                **self.identity,
+                **(identity or {}),
+                "normalisations put back": inserted,
+                "pruned model": fingerprint(pruned),
+            },
             hooks=hooks,
             progress=progress,
             notify=notify,
@@ -127,7 +158,7 @@ class Recovery:
         fold(student)
         report = Training(
             loss=self.criterion.name,
-            data=self.source.description,
+            data=self._described(),
             steps=result.steps,
             epochs=result.epochs,
             seconds=result.seconds,
@@ -142,21 +173,60 @@ class Recovery:
         )
         return with_weights(pruned, stored_values(student)), report, student
 
-    def normalise(self, student: GraphModule) -> int:
+    def _student(self, pruned: Graph) -> GraphModule:
+        student = mirror(pruned, half=torch.float32, registry=self.registry)
+        fixed = signature_of(pruned)
+        if self._freed and not free_batch(student, pruned, fixed, doubt=True, seed=self.settings.seed):
+            raise VerificationFailed(
+                f"the original in torch takes any number of samples, the pruned model only {fixed.batch} at a time",
+                f"--batch-size {fixed.batch} trains on that many; and please report the model's graph",
+            )
+        return student
+
+    @property
+    def _freed(self) -> bool:
+        """Whether the mirrors take batches that the file doesn't."""
+        return self.signature.batch is None and signature_of(self.original).batch is not None
+
+    def _described(self) -> str:
+        if not self._freed:
+            return self.source.description
+        fixed = signature_of(self.original).batch
+        return f"{self.source.description}, {self.settings.batch} at a time, where the file takes {fixed}"
+
+    def normalise(self, student: GraphModule, left: Kept) -> int:
         """Put folded BatchNormalization back where that was asked for or, where nothing was said, where there is none
         and the batch allows it; and freeze its statistics where the batch is too small for them."""
         forward = self.signature.batch or self.settings.batch // self.settings.accumulate
-        if forward < SMALLEST_BATCH:
+        if forward < SMALLEST_BATCH or self.signature.whole:
             freeze_statistics(student)
             return 0
         if self.rebn is False or (self.rebn is None and has_normalisation(student)):
             return 0
-        return rebn(student, self.calibration(student))
+        names = {target: path[-1] for target, path in self.whole.meta["parameters"].items()}
+        moments = {}
+        for target, (mean, variance) in channel_moments(self.whole, self.calibration(student)).items():
+            indices = left(names[target])
+            channels = slice(None) if indices is None else torch.from_numpy(indices)
+            moments[target] = mean[channels], variance[channels]
+        return rebn(student, moments)
 
     def calibration(self, student: GraphModule) -> Iterator[tuple[Tensor, ...]]:
         batches = self.source.batches(self.settings.batch, seed=self.settings.seed, shuffle=True)
         for batch in islice(batches, CALIBRATION_BATCHES):
             yield tuple(torch.from_numpy(np.ascontiguousarray(batch.inputs[n])) for n in student.meta["inputs"])
+
+
+def kept_channels(analysis: Analysis, plan: Plan) -> Kept:
+    """What a plan leaves of the channels that a stored tensor makes along its first axis; None where it leaves all."""
+    keep = plan.by_atom(analysis)
+
+    def of(name: str) -> np.ndarray | None:
+        uses = (analysis.uses.get((node.index, i)) for node, i in analysis.graph.consumers.get(name, ()))
+        axes = next((axes for axes in uses if axes), None)
+        return None if axes is None else kept(axes[0], keep)
+
+    return of
 
 
 def mirror_error(
@@ -194,12 +264,13 @@ def mirror_error(
 
 
 def fingerprint(graph: Graph) -> str:
-    """Of the structure and the stored shapes: what a run is continued under. Weights are left out; they are the
-    original's, chosen by the plan."""
+    """Of the structure and the stored shapes, with the number of weights in front for whoever has to tell two of them
+    apart. Weights are left out; they are the original's, chosen by the plan."""
     parts = [f"{n.op}({','.join(n.inputs)})->{','.join(n.outputs)}" for n in graph.nodes]
     parts += [f"{p.name}:{p.elem_type}:{p.shape}" for p in graph.parameters.values()]
     plan = [p.value for p in graph.model.proto.metadata_props]
-    return hashlib.sha256(json.dumps([parts, plan]).encode()).hexdigest()[:16]
+    count = sum(p.size for p in graph.parameters.values())
+    return f"{count:,} parameters ({hashlib.sha256(json.dumps([parts, plan]).encode()).hexdigest()[:12]})"
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ from onnxprune.verify.runs import session
 torch = pytest.importorskip("torch")
 
 from onnxprune.mirror import mirror  # noqa: E402
-from onnxprune.mirror.rebn import fold, freeze_statistics, has_normalisation, rebn  # noqa: E402
+from onnxprune.mirror.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn  # noqa: E402
 from onnxprune.mirror.values import stored_values  # noqa: E402
 from onnxprune.train.shrink import shrink  # noqa: E402
 
@@ -73,7 +73,9 @@ def shapes() -> onnx.ModelProto:
     scalars = {"zero": 0, "one": 1, "two": 2, "four": 4}
     weights = {n: np.array(v, np.int64) for n, v in scalars.items()}
     weights |= {"axis": np.array([0]), "heads": np.array([4]), "w": RNG.standard_normal((6, 8)).astype(np.float32)}
-    return made(nodes, [("x", TensorProto.FLOAT, ["b", "n", 6])], [("out", TensorProto.FLOAT, ["b", "n", 4, 2])], weights)
+    return made(
+        nodes, [("x", TensorProto.FLOAT, ["b", "n", 6])], [("out", TensorProto.FLOAT, ["b", "n", 4, 2])], weights
+    )
 
 
 def test_it_computes_what_onnxruntime_computes(tiny_cnn_model, tmp_path: Path, image) -> None:
@@ -211,7 +213,8 @@ def test_batch_normalisation_is_put_back_and_folded_again() -> None:
     module = mirror(folded())
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before, names = module(x), set(module.state_dict())
-    assert rebn(module, [(x[:8],), (x[8:],)]) == 1  # the last convolution is the network's output
+    moments = channel_moments(module, [(x[:8],), (x[8:],)])
+    assert rebn(module, moments) == 1  # the last convolution is the network's output
     assert has_normalisation(module)
     torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
     statistics = next(v for n, v in module.named_buffers() if n.endswith("variance"))
