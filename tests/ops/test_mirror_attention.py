@@ -26,6 +26,8 @@ Q, K, V = f(B, S, H * D), f(B, 7, H * D), f(B, 7, H * 3)
 LAST = i32(S - 1, S - 1)
 TABLES = (np.cos(f(9, D // 2)), np.sin(f(9, D // 2)))
 WIDE = (np.cos(f(9, 8)), np.sin(f(9, 8)))  # onnxruntime rotates grouped heads of a multiple of 16 only
+CACHE = (f(B, 2, 6, 16), f(B, 2, 6, 16))
+IDS = i32([[1, 2, 3, 4, 5]] * 2)
 SQUARE = RNG.integers(0, 2, (B, S, S)).astype(np.int32) | np.eye(S, dtype=np.int32)
 PLACES = np.arange(10, dtype=np.int64).reshape(B, S) % 9
 
@@ -71,8 +73,7 @@ MICROSOFT: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "grouped, past": (
         "GroupQueryAttention",
-        [f(B, 1, H * 16), f(B, 1, 32), f(B, 1, 32), f(B, 2, 6, 16), f(B, 2, 6, 16), i32(6, 4)]
-        + [np.array(7, np.int32), *WIDE],
+        [f(B, 1, H * 16), f(B, 1, 32), f(B, 1, 32), *CACHE, i32(6, 4), np.array(7, np.int32), *WIDE],
         {"count": 3, "kv_num_heads": 2, "do_rotary": 1, "rotary_interleaved": 1},
     ),
     "grouped, window": (
@@ -95,8 +96,7 @@ MICROSOFT: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     ),
     "embedding": (
         "EmbedLayerNormalization",
-        [i32([[1, 2, 3, 4, 5]] * 2), i32([[0, 1, 0, 1, 1]] * 2), f(12, 6), f(7, 6), f(2, 6), f(6), f(6)]
-        + [i32([[1, 1, 1, 0, 0]] * 2)],
+        [IDS, IDS % 2, f(12, 6), f(7, 6), f(2, 6), f(6), f(6), i32([[1, 1, 1, 0, 0]] * 2)],
         {"count": 2, "num_heads": None},
     ),
     "embedding without segments": (
