@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from onnx import TensorProto
+
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.quantised import centred, real, rounded, scaled
@@ -184,7 +186,8 @@ def convolution_of(m: MirrorContext, x: Any, weight: Any, bias: Any, *, w: int =
 
 def conv_integer_mirror(m: MirrorContext) -> Any:
     """Whole numbers less their zero points; sums are exact up to 2^24."""
-    return m.carry(convolution_of(m, centred(m, 0, 2), centred(m, 1, 3, axis=0), None, whole=True))
+    y = convolution_of(m, centred(m, 0, 2), centred(m, 1, 3, axis=0), None, whole=True)
+    return m.carry(y, TensorProto.INT32)
 
 
 def qlinear_conv_mirror(m: MirrorContext) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels, torch
@@ -287,7 +288,7 @@ def einsum_mirror(m: MirrorContext) -> Any:
 def matmul_integer_mirror(m: MirrorContext) -> Any:
     """A, B and their zero points, of which there may be one per row of A and one per column of B."""
     a, b = centred(m, 0, 2, axis=per(m, 2, -2)), centred(m, 1, 3, axis=per(m, 3, -1))
-    return m.carry(m.call(_exact.product, a, b))
+    return m.carry(m.call(_exact.product, a, b), TensorProto.INT32)
 
 
 def per(m: MirrorContext, i: int, axis: int) -> int | None:

@@ -184,7 +184,7 @@ def col2im_mirror(m: MirrorContext) -> Any:
 
 
 OPERATORS = (
-    Operator("MaxPool", spatial_axes, zero_stays, mirror=max_pool_mirror),
+    Operator("MaxPool", spatial_axes, zero_stays, mirror=max_pool_mirror, carries=True),
     Operator("AveragePool", spatial_axes, zero_stays, mirror=average_pool_mirror),
     Operator("LpPool", spatial_axes, zero_stays, mirror=lp_pool_mirror),
     Operator("GlobalLpPool", spatial_axes, zero_stays, mirror=global_lp),

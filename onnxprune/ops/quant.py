@@ -7,6 +7,8 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from onnx import TensorProto
+
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.elementwise import broadcast
 from onnxprune.ops.lazy import F, kernels, torch
@@ -144,7 +146,7 @@ def dequantize_mirror(m: MirrorContext) -> Any:
 
 def dynamic_mirror(m: MirrorContext) -> Any:
     found = m.call(_run.dynamic, m.tensor(0))
-    return [m.carry(found[0]), found[1], m.carry(found[2], 2)]
+    return [m.carry(found[0], TensorProto.UINT8), found[1], m.carry(found[2], TensorProto.UINT8, 2)]
 
 
 def qlinear_binary_mirror(operation: Callable[[Any, Any], Any]) -> Callable[[MirrorContext], Any]:

@@ -114,10 +114,11 @@ def rounded(
     m: MirrorContext, y: Any, scale: int, zero: int | None = None, *, axis: int | None = None, block: int = 0
 ) -> Any:
     """Reals as the first output, which is of integers."""
-    kind = m.output_elem_type()
+    kind = m.elem_type(zero) if zero is not None and m.has(zero) else 0
+    kind = kind or m.output_elem_type() or TensorProto.UINT8
     if kind not in BOUNDS:
         raise m.unsupported(f"it rounds to {TensorProto.DataType.Name(kind)}")
-    return m.carry(quantized(m, y, number(m, scale), number(m, zero), kind, axis, block))
+    return m.carry(quantized(m, y, number(m, scale), number(m, zero), kind, axis, block), kind)
 
 
 def declared(m: MirrorContext, y: Any) -> Any:

@@ -407,8 +407,8 @@ class MirrorContext(Protocol):
         """A parameter with what the integers of input i stand for: (q - zero point) * scale, with one scale, one per
         index of an axis or one per block along it. None where the input is no stored tensor of several integers."""
 
-    def carry(self, x: Any, j: int = 0) -> Any:
-        """Say that x, output j, holds integers as floats. Returns it."""
+    def carry(self, x: Any, elem_type: int, j: int = 0) -> Any:
+        """Say that x, output j, holds integers of an ONNX type as floats. Returns it."""
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Record the call of a function: one that makes tensors, or one of `ops.kernels`."""
