@@ -6,12 +6,16 @@ A unit whose rows are zero stays at zero: the candidate is tanh(0) = 0 and the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from onnxprune.axes.expr import Expr
+from onnxprune.ops.lazy import kernels
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, Kind, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS"]
+
+_run = kernels("recurrent")
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "com.microsoft::DynamicQuantizeLSTM": 4}
 AT_REST = {"tanh", "relu", "affine", "leakyrelu", "thresholdedrelu", "elu", "softsign", "scaledtanh"}
@@ -95,8 +99,66 @@ def quantised_lstm_shape(node, inputs):
     return [(elem, (x[0], directions, x[1], hidden)), state, state][: len(node.outputs)]
 
 
+ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
+PARAMETERS: dict[str, tuple[float, ...]] = {  # defaults of alpha and beta, where an activation has them
+    "affine": (1.0, 0.0),
+    "leakyrelu": (0.01,),
+    "thresholdedrelu": (1.0,),
+    "scaledtanh": (1.0, 1.0),
+    "hardsigmoid": (0.2, 0.5),
+    "elu": (1.0,),
+}
+KNOWN = {*PARAMETERS, "sigmoid", "tanh", "relu", "softsign", "softplus"}
+
+
+def activations(m: MirrorContext, directions: int) -> list[tuple[str, float, float]]:
+    """(name, alpha, beta) of every direction's activations. `activation_alpha` and `activation_beta` list only the
+    numbers of those that have any."""
+    names = [str(n).lower() for n in m.attr("activations") or ACTIVATIONS[m.node.op] * directions]
+    alphas, betas = (iter(m.attr(name) or ()) for name in ("activation_alpha", "activation_beta"))
+    found = []
+    for name in names:
+        if name not in KNOWN:
+            raise m.unsupported(f"the activation {name}")
+        defaults = PARAMETERS.get(name, ())
+        alpha = float(next(alphas, defaults[0])) if defaults else 0.0
+        beta = float(next(betas, defaults[1])) if len(defaults) > 1 else 0.0
+        found.append((name, alpha, beta))
+    return found
+
+
+def recurrent_mirror(m: MirrorContext) -> Any:
+    """Inputs X, W, R, B, lengths, h0, c0, P. One fused layer of torch where that computes the same."""
+    op, direction = m.node.op, m.attr("direction", "forward")
+    functions = activations(m, 2 if direction == "bidirectional" else 1)
+    clip = float(m.attr("clip", 0.0)) or None
+    count = 2 if op == "LSTM" else 1
+    states = tuple(m.optional(i) for i in range(5, 5 + count))
+    inputs = (*(m.tensor(i) for i in range(3)), m.optional(3), m.optional(4), states)
+    layout = (direction, bool(m.attr("layout", 0)))
+    more: dict[str, Any] = {}
+    if op == "LSTM" and m.has(7):
+        more["peepholes"] = m.tensor(7)
+    if op == "LSTM" and m.attr("input_forget", 0):
+        more["coupled"] = True
+    if op == "GRU" and m.attr("linear_before_reset", 0):
+        more["linear_before_reset"] = True
+    names = tuple(name for name, *_ in functions)
+    kind = names[0].capitalize() if op == "RNN" and len(set(names)) == 1 else op
+    plain = names == ACTIVATIONS[op] * (len(names) // len(ACTIVATIONS[op])) or kind in ("Tanh", "Relu")
+    same = {"LSTM": not more, "GRU": bool(more), "RNN": True}[op]
+    if plain and same and clip is None:
+        found = m.call(_run.fused, kind, *inputs, *layout)
+    else:
+        found = m.call(_run.stepwise, op, *inputs, *layout, functions, clip, **more)
+    return [found[j] for j in range(len(m.node.outputs))]
+
+
 OPERATORS = (
-    *(Operator(name, recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden) for name in ("LSTM", "GRU", "RNN")),
+    *(
+        Operator(name, recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden, mirror=recurrent_mirror)
+        for name in ("LSTM", "GRU", "RNN")
+    ),
     Operator(
         "com.microsoft::DynamicQuantizeLSTM",
         recurrent_axes,
