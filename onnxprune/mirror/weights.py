@@ -58,7 +58,7 @@ def learns(operator: Operator | None, i: int, parameter: Parameter) -> bool:
 
 def is_mask(graph: Graph, parameter: Parameter) -> bool:
     """Of rank 2 and more, it holds no more than two different numbers, or one that is no weight's."""
-    if len(parameter.shape) < 2:
+    if len(parameter.shape) < 2 or not parameter.size:
         return False
     array = graph.array(parameter.name).astype(np.float64).reshape(-1)
     sample = array[:65536]
