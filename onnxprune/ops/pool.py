@@ -189,7 +189,7 @@ OPERATORS = (
     Operator("LpPool", spatial_axes, zero_stays, mirror=lp_pool_mirror),
     Operator("GlobalLpPool", spatial_axes, zero_stays, mirror=global_lp),
     Operator("GlobalAveragePool", spatial_axes, same, mirror=global_average),
-    Operator("GlobalMaxPool", spatial_axes, same, mirror=global_max),
+    Operator("GlobalMaxPool", spatial_axes, same, mirror=global_max, carries=True),
     Operator("MaxUnpool", mirror=max_unpool_mirror),
     Operator("GridSample", sampled_axes, zero_stays, keeps=frozenset({1}), mirror=grid_sample_mirror),
     Operator("AffineGrid", mirror=affine_grid_mirror),

@@ -9,8 +9,7 @@ import re
 
 import pytest
 
-from onnxprune.ops import OPERATORS
-from tools._node_cases import NOT_MIRRORED, PASSED, Case, cases, run, stored
+from tools._node_cases import PASSED, Case, cases, run, stored
 
 KNOWN = {  # cases that can't pass, as regular expressions of their names
     r"test_attention_4d_fp16|test_attention_4d_causal_fp16(_expanded)?": "float16, rounded in another order",
@@ -20,7 +19,6 @@ KNOWN = {  # cases that can't pass, as regular expressions of their names
     r"test_image_decoder_.*": "decodes images: nothing behind it can be trained through it",
     r"test_tfidfvectorizer_.*": "counts n-grams: nothing behind it can be trained through it",
 }
-PENDING = {"CenterCropPad", "GRU", "LSTM", "RNN"}  # operators without a mirror rule so far
 
 
 def by_operator() -> dict[str, list[Case]]:
@@ -38,10 +36,6 @@ def known(case: Case) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in KNOWN)
 
 
-def pending(status: str, reason: str) -> bool:
-    return status == NOT_MIRRORED and any(r.partition(":")[0] in PENDING for r in reason.split("; "))
-
-
 def test_there_are_cases_to_run() -> None:
     assert len(BY_OPERATOR) > 170 and sum(map(len, BY_OPERATOR.values())) > 2000
 
@@ -49,17 +43,12 @@ def test_there_are_cases_to_run() -> None:
 @pytest.mark.parametrize("operator", sorted(BY_OPERATOR))
 def test_the_recorded_outputs_come_out(operator: str) -> None:
     outcomes = {case.name: (known(case), run(case)) for case in BY_OPERATOR[operator]}
-    failed = {
-        n: o.reason
-        for n, (excused, o) in outcomes.items()
-        if o.status != PASSED and not excused and not pending(o.status, o.reason)
-    }
+    failed = {n: o.reason for n, (excused, o) in outcomes.items() if o.status != PASSED and not excused}
     assert not failed
     improved = [n for n, (excused, o) in outcomes.items() if o.status == PASSED and excused]
     assert not improved, "take them off KNOWN"
 
 
-def test_what_is_listed_is_still_missing() -> None:
-    assert not [op for op in PENDING if op in OPERATORS and OPERATORS[op].mirror is not None], "take them off PENDING"
+def test_every_exception_names_a_case() -> None:
     names = list(cases())
     assert all(any(re.fullmatch(pattern, n) for n in names) for pattern in KNOWN)
