@@ -32,6 +32,7 @@ def weights(graph: Graph, registry: Mapping[str, Operator]) -> set[str]:
         name
         for name, parameter in graph.parameters.items()
         if parameter.elem_type in FLOATS
+        and parameter.size
         and any(
             learns(registry.get(op), i, parameter)
             for op, i in [*((n.op, i) for n, i in graph.consumers.get(name, ())), *inside.get(name, ())]

@@ -545,7 +545,12 @@ def fits_torch(m: MirrorContext, amounts: Sequence[tuple[Any, Any]], mode: str) 
     )
 
 
+def center_crop_pad_mirror(m: MirrorContext) -> Any:
+    return m.call(_run.center_crop_pad, m.tensor(0), m.ints(1), m.attr("axes"))
+
+
 OPERATORS = (
+    Operator("CenterCropPad", mirror=center_crop_pad_mirror, carries=True),
     Operator("Concat", concat_axes, joined_dead, evaluate=_concat, joins=True, mirror=concat_mirror, carries=True),
     Operator("Split", split_axes, carried, patch=patch_split, evaluate=_split, mirror=split_mirror, carries=True),
     Operator("Slice", slice_axes, carried, patch=patch_slice, evaluate=_slice, mirror=slice_mirror, carries=True),

@@ -65,7 +65,8 @@ def padding(mask: Tensor | None, q: Tensor, k: Tensor, fill: float) -> Tensor | 
         seen = mask[:, :, before : before + q.size(2), :keys] != 0
     else:
         seen = (mask != 0).unsqueeze(1) if mask.dim() == 3 else (mask != 0)[:, None, None]
-    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, fill)
+    least = torch.finfo(q.dtype).min  # of halves it is larger than some exporters' fill
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, max(fill, least))
 
 
 def multi_head(

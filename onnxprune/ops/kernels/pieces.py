@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["even_parts", "pad", "pad_with", "slice_backwards", "slices"]
+__all__ = ["center_crop_pad", "even_parts", "pad", "pad_with", "slice_backwards", "slices"]
 
 
 def even_parts(x: Tensor, count: int, axis: int) -> list[Tensor]:
@@ -16,6 +16,19 @@ def even_parts(x: Tensor, count: int, axis: int) -> list[Tensor]:
     total = x.size(axis)
     each = -(-total // count)
     return list(x.split([max(min(each, total - each * k), 0) for k in range(count)], axis))
+
+
+def center_crop_pad(x: Tensor, sizes: Sequence[int], axes: Sequence[int] | None) -> Tensor:
+    """Cut or fill with zeros so that these axes get these sizes, as much on both sides; the odd one is at the end."""
+    for k, size in enumerate(sizes):
+        axis = k if axes is None else axes[k] % x.dim()
+        spare = x.size(axis) - size
+        if spare > 0:
+            x = x.narrow(axis, spare // 2, size)
+        elif spare < 0:
+            low = -spare // 2
+            x = F.pad(x, (*[0] * (2 * (x.dim() - 1 - axis)), low, -spare - low))
+    return x
 
 
 def slice_backwards(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
