@@ -82,7 +82,7 @@ class Builder:
         self.constants = frozenset(constants)
         self.learnable = weights(graph, registry) - self.constants
         self.learned = set(self.learnable)  # and what is computed from weights
-        self.carried: set[str] = set()  # tensors of integers that are carried as floats
+        self.carried: dict[str, int] = {}  # tensors of integers that are carried as floats, and their type
         self.quantised: dict[str, Quantised] = {}  # target -> how a parameter's integers are stored
         self.parameters: dict[str, tuple[str, ...]] = {}  # target -> path of nodes and the stored tensor's name
         self.problems: list[tuple[Node, str]] = []
@@ -160,8 +160,10 @@ class Builder:
                     result.node.meta.setdefault("onnx", node.label)
         operator = self.registry.get(node.op)
         if operator is not None and operator.carries:
-            kinds = {self.graph.types.get(n) for n in node.inputs if n in self.carried} - {None}
-            self.carried.update(n for n in node.outputs if n and self.graph.types.get(n) in kinds)
+            for kind in {self.carried[n] for n in node.inputs if n in self.carried}:
+                first = self.graph.types.get(node.outputs[0], kind)
+                kinds = (first, *(self.graph.types.get(n) for n in node.outputs[1:]))
+                self.carried.update({n: kind for n, k in zip(node.outputs, kinds, strict=True) if n and k == kind})
 
     def give_up(self, node: Node, reason: str) -> None:
         self.problems.append((node, reason))
@@ -292,8 +294,8 @@ class Builder:
 
     def integers(self, name: str) -> Proxy:
         """A tensor in its declared type, where it is carried as floats."""
-        dtype = self.dtype(name)
-        if name not in self.carried or dtype is None:
+        dtype = self.torch_type(self.carried.get(name, 0))
+        if dtype is None:
             return self.tensor(name)
         key = f"{name} as integers"
         if key not in self.fetched:
@@ -376,12 +378,13 @@ class Builder:
         inner.values = {n: self.values[n] if n in self.values else self.tensor(n) for n in wanted}
         inner.fetched = {n: p for n, p in self.fetched.items() if n in ("training", "device")}
         inner.learned |= self.learned.intersection(wanted)
-        inner.carried = self.carried.intersection(wanted)
+        inner.carried = {n: self.carried[n] for n in wanted if n in self.carried}
         inner.visit_all()
         self.problems += inner.problems
         self.parameters.update({t: (place(node), attribute, *path) for t, path in inner.parameters.items()})
         self.quantised.update(inner.quantised)
-        self.carried |= {outer for outer, n in zip(node.outputs, graph.outputs, strict=True) if n in inner.carried}
+        pairs = zip(node.outputs, graph.outputs, strict=True)
+        self.carried.update({outer: inner.carried[n] for outer, n in pairs if n in inner.carried})
         return [inner.values[n] if n in inner.values else inner.tensor(n) for n in graph.outputs]
 
     # --- the end

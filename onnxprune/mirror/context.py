@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Context", "Unsupported"]
 
+LARGEST_HALF = 65504.0  # torch refuses larger numbers beside float16, which autocast may bring anywhere
+
 
 class Unsupported(Exception):
     """A rule's word that this form of the operator can't be mirrored."""
@@ -63,7 +65,8 @@ class Context:
         value = self.constant(i)
         if value is None or value.size != 1 or value.dtype.kind not in "fiub" or not self.spares(i, value.ndim):
             return self.tensor(i)
-        return value.reshape(()).item()
+        number = value.reshape(()).item()
+        return self.tensor(i) if LARGEST_HALF < abs(number) < float("inf") else number
 
     def spares(self, i: int, rank: int) -> bool:
         """A number can stand for this input: another one has at least its rank, and is of the same type."""
@@ -126,8 +129,8 @@ class Context:
     ) -> Any:
         return self.builder.weight(self.node.inputs[i], Quantised(self.elem_type(i), scale, zero_point, axis, block))
 
-    def carry(self, x: Any, j: int = 0) -> Any:
-        self.builder.carried.add(self.node.outputs[j])
+    def carry(self, x: Any, elem_type: int, j: int = 0) -> Any:
+        self.builder.carried[self.node.outputs[j]] = elem_type
         return x
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
