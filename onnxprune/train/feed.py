@@ -2,15 +2,18 @@
 
 The idea needed to read it: a source and a model may both draw from the global random generators (an augmentation, a
 dropout on the CPU). Beside each other they would mix their draws, a little differently every time. So the first two
-batches of an epoch are fetched in step, and the thread takes over only where nobody has drawn in between.
+batches of an epoch are fetched in step, and the thread takes over only where nobody has drawn in between, and where
+fetching takes time: a thread that has next to nothing to do costs more than it saves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,7 @@ from onnxprune.errors import DataError
 __all__ = ["Feed", "HostBatch", "Interrupted", "host_generators", "set_host_generators"]
 
 POLL_S = 0.2
+WORTH_A_THREAD = 0.1  # fetching, as a share of the time
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Feed:
         self._ahead: _Ahead | None = None
         self._epoch = self._index = self._fetched = 0
         self._before: dict[str, Any] = {}  # the generators after the first fetch
+        self._quiet = False
+        self._spent = self._opened = 0.0  # seconds in fetches in step, and when the epoch was opened
 
     @property
     def is_open(self) -> bool:
@@ -79,8 +85,13 @@ class Feed:
 
     @property
     def in_step(self) -> bool:
-        """Whether source or model may draw from the global generators, so that batches are fetched when needed."""
+        """Whether batches are fetched when they are needed, and not ahead."""
         return self._ahead is None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether neither source nor model seem to draw from the global generators."""
+        return self._quiet
 
     def open(self, epoch: int, start: int = 0, generators: Mapping[str, Any] | None = None) -> None:
         """Begin an epoch, at batch `start`. generators: states of the global generators to go on with there.
@@ -92,6 +103,7 @@ class Feed:
         _seed_host_generators(self.seed, epoch, self.rank)
         back = 1 if start else 0
         self._epoch, self._index, self._fetched = epoch, start - back, 0
+        self._quiet, self._spent, self._opened = False, 0.0, time.monotonic()
         with self._reported():
             self._iterator = iter(
                 self.source.batches(
@@ -120,12 +132,7 @@ class Feed:
             if self._ahead is not None:
                 found = self._ahead.take(self.interrupted)
             else:
-                found = self._fetch()
-                self._fetched += 1
-                if self._fetched == 1:
-                    self._before = host_generators()
-                elif self._fetched == 2 and found is not None and _same(self._before, host_generators()):
-                    self._ahead = _Ahead(self._fetch)
+                found = self._fetch_in_step()
         self._index += 1
         return found
 
@@ -139,6 +146,20 @@ class Feed:
         if idle and self._iterator is not None and hasattr(self._iterator, "close"):
             self._iterator.close()
         self._iterator = self._ahead = None
+
+    def _fetch_in_step(self) -> HostBatch | None:
+        begun = time.monotonic()
+        found = self._fetch()
+        now = time.monotonic()
+        self._spent += now - begun
+        self._fetched += 1
+        if self._fetched == 1:
+            self._before = host_generators()
+        elif self._fetched == 2:
+            self._quiet = _same(self._before, host_generators())
+        if found is not None and self._quiet and (self.pin or self._spent > WORTH_A_THREAD * (now - self._opened)):
+            self._ahead = _Ahead(self._fetch)
+        return found
 
     def _fetch(self) -> HostBatch | None:
         assert self._iterator is not None
@@ -222,15 +243,25 @@ def _tensor(name: str, array: Any, pin: bool) -> Tensor:
     """A copy in torch's own memory: aligned the same way in every run (which decides how sums are rounded), and safe
     from a source that fills one buffer again and again."""
     array = np.asarray(array)
-    brain = array.dtype.name == "bfloat16"
-    plain = np.dtype(np.int16) if brain else array.dtype.newbyteorder("=")
-    try:
-        dtype = torch.from_numpy(np.empty(0, plain)).dtype
-    except TypeError:
-        raise DataError(f"'{name}' should hold numbers, found {array.dtype}") from None
+    dtype = _torch_dtype(array.dtype)
+    if dtype is None:
+        raise DataError(f"'{name}' should hold numbers, found {array.dtype}")
     tensor = torch.empty(array.shape, dtype=dtype, pin_memory=pin)
-    np.copyto(tensor.numpy(), array.view(np.int16) if brain else array)
-    return tensor.view(torch.bfloat16) if brain else tensor
+    if dtype is torch.bfloat16:  # numpy has no such type of its own
+        np.copyto(tensor.view(torch.int16).numpy(), array.view(np.int16))
+    else:
+        np.copyto(tensor.numpy(), array)
+    return tensor
+
+
+@functools.cache
+def _torch_dtype(dtype: np.dtype) -> torch.dtype | None:
+    if dtype.name == "bfloat16":
+        return torch.bfloat16
+    try:
+        return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+    except TypeError:
+        return None
 
 
 # The global generators that a data source may draw from

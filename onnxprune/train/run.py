@@ -177,7 +177,7 @@ class Run:
             self._ended = False
             self._end_epoch()
             return None
-        generators = host_generators() if self.feed.is_open and self.feed.in_step else None
+        generators = host_generators() if self.feed.is_open and not self.feed.quiet else None
         batches: list[HostBatch] = []
         total = 0
         while True:

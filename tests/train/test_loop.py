@@ -418,6 +418,7 @@ def test_ctrl_c_while_waiting_for_data(tmp_path: Path) -> None:
     source = ArraySource(40)
 
     def block(epoch: int, number: int) -> None:
+        time.sleep(0.03)  # slow enough to be fetched ahead
         if number == 3:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1.0)
