@@ -290,12 +290,6 @@ def space_to_depth_mirror(m: MirrorContext) -> Any:
     return parts.reshape(n, c * b * b, h // b, w // b)
 
 
-def center_crop_pad_mirror(m: MirrorContext) -> Any:
-    """Inputs x, sizes (of `axes`, or of all axes)."""
-    axes = m.attr("axes")
-    return m.call(_run.center_crop_pad, m.tensor(0), m.ints(1), None if axes is None else [int(k) for k in axes])
-
-
 OPERATORS = (
     Operator(
         "Reshape", reshape_axes, carried, patch=patch_target, evaluate=_reshaped, mirror=reshape_mirror, carries=True
@@ -318,5 +312,4 @@ OPERATORS = (
     ),
     Operator("DepthToSpace", depth_to_space_axes, carried, mirror=depth_to_space_mirror, carries=True),
     Operator("SpaceToDepth", space_to_depth_axes, carried, mirror=space_to_depth_mirror, carries=True),
-    Operator("CenterCropPad", mirror=center_crop_pad_mirror, carries=True),
 )

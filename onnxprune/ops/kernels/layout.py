@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["center_crop_pad", "expand", "reshape", "reversed_axes", "squeeze", "unsqueeze"]
+__all__ = ["expand", "reshape", "reversed_axes", "squeeze", "unsqueeze"]
 
 
 def reshape(x: Tensor, sizes: Sequence[int], allowzero: bool) -> Tensor:
@@ -37,13 +36,3 @@ def unsqueeze(x: Tensor, axes: Sequence[int]) -> Tensor:
 def reversed_axes(x: Tensor) -> Tensor:
     """Transpose without a permutation."""
     return x.permute(*range(x.dim() - 1, -1, -1))
-
-
-def center_crop_pad(x: Tensor, sizes: Sequence[int], axes: Sequence[int] | None) -> Tensor:
-    """The middle of each axis, or the whole axis in the middle of zeros; of an odd number the end gets one more."""
-    added = [[0, 0] for _ in range(x.dim())]
-    for k, n in zip(range(x.dim()) if axes is None else axes, sizes, strict=True):
-        less = abs(n - x.size(k)) // 2
-        more = abs(n - x.size(k)) - less
-        added[k] = [less, more] if n > x.size(k) else [-less, -more]
-    return F.pad(x, [p for pair in reversed(added) for p in pair])
