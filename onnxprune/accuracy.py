@@ -156,9 +156,9 @@ class Work:
             model, report, module = self.recovery.run(
                 pruned, path, left=left, shapes=shapes, progress=on_step, notify=warn, **run
             )
-        except (OnnxPruneError, KeyboardInterrupt) as error:
+        except (OnnxPruneError, KeyboardInterrupt) as stop:
             for warning in result.warnings:  # there will be no result to read them in
-                error.add_note(warning)
+                stop.add_note(warning)
             raise
         entry = model.proto.metadata_props.add(key=TRAINED_KEY)
         entry.value = json.dumps({"loss": report.loss, "steps": report.steps})

@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -32,7 +32,7 @@ Exit codes:
     4  target or --max-drop not met
     5  verification failed, nothing was written
     6  data or hook failed
-  130  interrupted
+  130  interrupted; with --run-dir, --resume goes on
 """
 
 # Named here as well so that --help loads no stage; a test compares them with the tables of `select` and `verify`.
@@ -56,6 +56,10 @@ class _Command(click.Command):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
+        except KeyboardInterrupt as stop:
+            reason, _, hint = str(stop).partition("; ")  # of a training run: where it stands, and how it goes on
+            _complain(f"interrupted: {reason}" if reason else "interrupted", hint, _notes(stop))
+            raise click.exceptions.Exit(INTERRUPTED) from None
         except Exception as error:
             _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
 
@@ -87,7 +91,7 @@ def _fail(error: Exception, *, detailed: bool) -> NoReturn:
     if detailed:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     if isinstance(error, OnnxPruneError):
-        _complain(str(error), error.hint)
+        _complain(str(error), error.hint, _notes(error))
         code = error.exit_code
     else:
         _complain(
@@ -98,8 +102,16 @@ def _fail(error: Exception, *, detailed: bool) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
-def _complain(message: str, hint: str) -> None:
-    _say(f"error: {' '.join(message.split())}", err=True)
+def _notes(error: BaseException) -> list[str]:
+    """What the work had warned of before it failed."""
+    return list(getattr(error, "__notes__", ()))
+
+
+def _complain(message: str, hint: str, warnings: Sequence[str] = ()) -> None:
+    for warning in warnings:
+        _say(f"warning: {warning}", err=True)
+    rank = os.environ.get("RANK", "0")  # of several processes (torchrun), each says which one it is
+    _say(f"error{f' in process {rank}' if rank != '0' else ''}: {' '.join(message.split())}", err=True)
     if hint:
         _say(f"hint: {hint}", err=True)
 

@@ -131,7 +131,8 @@ def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
     recipe = Recipe(**{name: options.pop(name) for name in RECIPE})
     if data is None and (settings or resume or run_dir):
         first = next(iter(settings), "run_dir")
-        raise UsageError(f"--{first.replace('_', '-')} is about training, which wants data", "give it with --data")
+        option = {"batch": "batch-size", "time_budget_s": "time-budget"}.get(first, first.replace("_", "-"))
+        raise UsageError(f"--{option} is about training, which wants data", "give it with --data")
     if resume and run_dir is None:
         raise UsageError("--resume wants the folder of the run", "give it with --run-dir")
     lengths = {"steps", "epochs", "time_budget_s"}

@@ -132,7 +132,18 @@ def compress(
     clock = _Clock(progress)
     clock.start("load")
     graph = _load(model, registry, input_shapes)
-    work = Work.prepared(graph, data, train, evaluate, max_drop, recipe, registry=registry, threads=threads)
+    work = Work.prepared(
+        graph,
+        data,
+        train,
+        evaluate,
+        max_drop,
+        recipe,
+        registry=registry,
+        threads=threads,
+        run_dir=run_dir,
+        resume=resume,
+    )
     clock.start("analyse")
     analysis = analyse_graph(graph, registry=registry, exclude=exclude)
     clock.start("select")

@@ -25,6 +25,7 @@ from onnxprune.train.settings import differences
 __all__ = ["Memory", "RunDir", "Store"]
 
 FORMAT = 1
+LOCK = "lock"
 
 
 class Store:
@@ -74,7 +75,7 @@ class RunDir(Store):
         not asked for, or where that run was under other settings."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "a+")  # noqa: SIM115  (held below)
+            lock = open(self.path / LOCK, "a+")  # noqa: SIM115  (held below)
         except OSError as error:
             raise UsageError(
                 f"the run directory {self.path} can't be written: {error}", "give another --run-dir"
@@ -83,20 +84,33 @@ class RunDir(Store):
             _lock(lock, self.path)
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
-            manifests = list(self._manifests())
-            if manifests and not resume:
-                raise UsageError(
-                    f"{self.path} holds a run, stopped at step {manifests[0][1]['step']}",
-                    "continue it with --resume, or give another --run-dir",
-                )
-            for _, manifest in manifests[:1]:
-                self._check(manifest)
+            self._admit(resume, self.about)
             yield self
 
-    def _check(self, manifest: Mapping[str, Any]) -> None:
+    def look(self, *, resume: bool) -> None:
+        """Raise what `held` would raise, as far as that can be told now; changes nothing. `about` may lack what is not
+        known yet."""
+        if (self.path / LOCK).is_file():
+            with open(self.path / LOCK, "r+") as lock:
+                _acquire(lock, self.path)
+        about = self.about
+        for _, manifest in self._manifests():
+            about = {**manifest["about"], **about}
+            break
+        self._admit(resume, about)
+
+    def _admit(self, resume: bool, about: Mapping[str, Any]) -> None:
+        manifest = next((m for _, m in self._manifests()), None)
+        if manifest is None:
+            return
+        if not resume:
+            raise UsageError(
+                f"{self.path} holds a run, stopped at step {manifest['step']}",
+                "continue it with --resume, or give another --run-dir",
+            )
         if manifest["format"] != FORMAT:
             raise UsageError(f"{self.path} is a run of another version of onnxprune", "give another --run-dir")
-        changed = differences(manifest["about"], self.about)
+        changed = differences(manifest["about"], about)
         if changed:
             raise UsageError(
                 f"{self.path} can't be continued with other settings: {'; '.join(changed)}",
@@ -204,6 +218,14 @@ def _lock(file: IO[str], path: Path) -> None:
 
     The system releases the lock however the process ends; on POSIX, children that it forked do not inherit it.
     """
+    _acquire(file, path)
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+
+
+def _acquire(file: IO[str], path: Path) -> None:
     file.seek(0)
     holder = file.read().strip()
     try:
@@ -217,17 +239,9 @@ def _lock(file: IO[str], path: Path) -> None:
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise _in_use(path, holder) from None
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
-
-
-def _in_use(path: Path, holder: str) -> UsageError:
-    return UsageError(
-        f"{path} is in use by process {holder or '(unknown)'}", "wait until it ends, or give another --run-dir"
-    )
+        raise UsageError(
+            f"{path} is in use by process {holder or '(unknown)'}", "wait until it ends, or give another --run-dir"
+        ) from None
 
 
 def _copied(tree: Any) -> Any:

@@ -57,8 +57,9 @@ SMALLEST_BATCH = 2  # of fewer samples there are no statistics
 class Recovery:
     """Training that was asked for, checked against the model before any long work.
 
-    whole: the original as a mirror: what the loss may distil from, and what is normalised to. signature: what the mirrors take; a file that is
-    fixed to a batch size may have mirrors that aren't. identity: what a run is continued under, settings aside.
+    whole: the original as a mirror: what the loss may distil from, and what pruned channels are normalised to.
+    signature: what the mirrors take; a file that is fixed to a batch size may have mirrors that aren't. identity: what
+    a run is continued under, settings aside.
     """
 
     settings: TrainSettings

@@ -1,0 +1,101 @@
+"""Real batches for a model whose file is fixed to a batch size, mostly to one sample.
+
+The graphs of most such files do not care, but for Reshape nodes that spell the batch out. The idea: nothing is
+concluded from the graph. The mirror's reshapes are left to find the first size themselves; then two feeds are run one
+after the other and together, and every output that can be learnt from has to be the same. The file stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from onnxprune.data.signature import Signature
+from onnxprune.model.graph import Graph
+from onnxprune.model.outputs import output_kinds
+from onnxprune.verify.compare import difference
+from onnxprune.verify.inputs import SPREADS, draw
+
+__all__ = ["free_batch"]
+
+TRIES = 3  # pairs of feeds; some models give the same for most inputs
+TOLERANCE = 1e-4  # relative; sums are taken in another order
+
+Feed = Mapping[str, np.ndarray]
+
+
+def free_batch(mirror: GraphModule, graph: Graph, signature: Signature, *, doubt: bool = False, seed: int = 0) -> bool:
+    """Make a mirror of a graph with a fixed batch size run on any, and say whether it can: whether it gives for several
+    batches at once what it gives for each. Where it can't it is left as it was.
+
+    Made-up inputs are tried. Outputs that nothing is learnt from (indices, counts) don't matter.
+    doubt: the answer where nothing is seen, because the mirror can't be run on such inputs or gives the same for all.
+    """
+    size = signature.batch
+    learnt = [k.name for k in output_kinds(graph) if k.learnable]
+    if size is None or not learnt:
+        return False
+    before = _relax(mirror)
+    rng = np.random.default_rng(seed)
+    found = None
+    for spread in (s for s in SPREADS for _ in range(TRIES)):
+        found = _same(mirror, graph, [draw(graph, graph.pins, rng, spread=spread) for _ in range(2)], size, learnt)
+        if found is not None:
+            break
+    answer = doubt if found is None else found
+    if not answer:
+        for node, arguments in before:
+            node.args = arguments
+        mirror.recompile()
+    return answer
+
+
+def _relax(mirror: GraphModule) -> list[tuple[Node, tuple]]:
+    """Let reshapes to constant sizes find the first one themselves; gives the nodes with what they had before."""
+    before = []
+    for node in mirror.graph.nodes:
+        if node.op != "call_method" or node.target != "reshape" or len(node.args) != 2:
+            continue
+        sizes = node.args[1]
+        if isinstance(sizes, (list, tuple)) and sizes and all(isinstance(s, int) and s > 0 for s in sizes):
+            before.append((node, node.args))
+            node.args = (node.args[0], [-1, *sizes[1:]])
+    mirror.recompile()
+    return before
+
+
+def _same(mirror: GraphModule, graph: Graph, feeds: Sequence[Feed], size: int, learnt: Sequence[str]) -> bool | None:
+    """Whether the outputs are the same; None where these feeds don't show it."""
+    one, other = (_outputs(mirror, graph, feed) for feed in feeds)
+    if one is None or other is None:
+        return None
+    if any(not np.isfinite(one[n]).all() or difference(one[n], other[n])[1] <= TOLERANCE for n in learnt):
+        return None
+    both = _outputs(mirror, graph, {n: np.concatenate([feed[n] for feed in feeds]) for n in graph.inputs})
+    if both is None or any(one[n].ndim == 0 or len(one[n]) != size for n in learnt):
+        return False
+    return all(difference(np.concatenate([one[n], other[n]]), both[n])[1] <= TOLERANCE for n in learnt)
+
+
+@torch.no_grad()
+def _outputs(mirror: GraphModule, graph: Graph, feed: Feed) -> dict[str, np.ndarray] | None:
+    """Tensors by output name; None where the mirror can't be run."""
+    try:
+        found = mirror.forward(*(_as_tensor(feed[n]) for n in graph.inputs))  # called, it would print a traceback
+    except (RuntimeError, IndexError, ValueError, TypeError):  # what torch says of shapes that don't fit
+        return None
+    found = [found] if len(graph.outputs) == 1 else found
+    return {
+        n: (x.float() if x.is_floating_point() else x).numpy()
+        for n, x in zip(graph.outputs, found, strict=True)
+        if isinstance(x, Tensor)
+    }
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
+    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)
