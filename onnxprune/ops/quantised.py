@@ -15,7 +15,7 @@ from onnx import TensorProto
 from onnxprune.ops.lazy import kernels, torch
 from onnxprune.ops.rules import MirrorContext
 
-__all__ = ["BOUNDS", "centred", "declared", "number", "real", "rounded", "scaled", "single", "whole"]
+__all__ = ["BOUNDS", "centred", "declared", "number", "real", "real_table", "rounded", "scaled", "single", "whole"]
 
 _run = kernels("quant")
 
@@ -85,6 +85,20 @@ def whole(
             s = UNSCALED.item() if scale is None else number(m, scale)
             return quantized(m, weight, s, number(m, zero), kind, axis, block)
     return m.whole(i)
+
+
+def real_table(m: MirrorContext, i: int, scale: int, zero: int) -> Any:
+    """A stored table (outer, rows, columns) whose scales and zero points are one per outer index, or per column of
+    it."""
+    scales, zeros = m.stored(scale), m.stored(zero)
+    if scales is None or zeros is None:
+        raise m.unsupported("its scales are computed from the data")
+    scales, zeros = (v.reshape(len(v), 1, -1) for v in (scales, zeros))
+    weight = m.weight(i, scales, zeros)
+    if weight is None:
+        raise m.unsupported("its weights are computed from the data")
+    s, z = m.buffer(scales), m.buffer(zeros.astype(np.float32))
+    return m.call(_run.dequantize, m.call(_run.quantize, weight, s, z, *BOUNDS[m.elem_type(i)]), s, z)
 
 
 def centred(m: MirrorContext, i: int, zero: int, *, axis: int | None = None) -> Any:

@@ -10,12 +10,14 @@ from typing import Any
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import kernels
+from onnxprune.ops.quantised import real_table
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS"]
 
 _run = kernels("recurrent")
+_quant = kernels("quant")
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "com.microsoft::DynamicQuantizeLSTM": 4}
 AT_REST = {"tanh", "relu", "affine", "leakyrelu", "thresholdedrelu", "elu", "softsign", "scaledtanh"}
@@ -111,10 +113,10 @@ PARAMETERS: dict[str, tuple[float, ...]] = {  # defaults of alpha and beta, wher
 KNOWN = {*PARAMETERS, "sigmoid", "tanh", "relu", "softsign", "softplus"}
 
 
-def activations(m: MirrorContext, directions: int) -> list[tuple[str, float, float]]:
+def activations(m: MirrorContext, op: str, directions: int) -> list[tuple[str, float, float]]:
     """(name, alpha, beta) of every direction's activations. `activation_alpha` and `activation_beta` list only the
     numbers of those that have any."""
-    names = [str(n).lower() for n in m.attr("activations") or ACTIVATIONS[m.node.op] * directions]
+    names = [str(n).lower() for n in m.attr("activations") or ACTIVATIONS[op] * directions]
     alphas, betas = (iter(m.attr(name) or ()) for name in ("activation_alpha", "activation_beta"))
     found = []
     for name in names:
@@ -128,13 +130,25 @@ def activations(m: MirrorContext, directions: int) -> list[tuple[str, float, flo
 
 
 def recurrent_mirror(m: MirrorContext) -> Any:
-    """Inputs X, W, R, B, lengths, h0, c0, P. One fused layer of torch where that computes the same."""
-    op, direction = m.node.op, m.attr("direction", "forward")
-    functions = activations(m, 2 if direction == "bidirectional" else 1)
+    """Inputs X, W, R, B, lengths, h0, c0, P."""
+    return recurrent(m, m.node.op, m.tensor(0), m.tensor(1), m.tensor(2))
+
+
+def quantised_lstm_mirror(m: MirrorContext) -> Any:
+    """An LSTM whose W and R are integers, and transposed, with scales and zero points behind its inputs. X is rounded
+    after its range, as onnxruntime does; the state, which it rounds as well at every step, is not."""
+    w, r = (real_table(m, i, 8 + k, 9 + k).mT for i, k in ((1, 0), (2, 2)))
+    return recurrent(m, "LSTM", m.call(_quant.rounded, m.tensor(0)), w, r)
+
+
+def recurrent(m: MirrorContext, op: str, x: Any, w: Any, r: Any) -> Any:
+    """One fused layer of torch where that computes the same."""
+    direction = m.attr("direction", "forward")
+    functions = activations(m, op, 2 if direction == "bidirectional" else 1)
     clip = float(m.attr("clip", 0.0)) or None
     count = 2 if op == "LSTM" else 1
     states = tuple(m.optional(i) for i in range(5, 5 + count))
-    inputs = (*(m.tensor(i) for i in range(3)), m.optional(3), m.optional(4), states)
+    inputs = (x, w, r, m.optional(3), m.optional(4), states)
     layout = (direction, bool(m.attr("layout", 0)))
     more: dict[str, Any] = {}
     if op == "LSTM" and m.has(7):
@@ -156,7 +170,15 @@ def recurrent_mirror(m: MirrorContext) -> Any:
 
 OPERATORS = (
     *(
-        Operator(name, recurrent_axes, recurrent_dead, recurrent_macs, patch_hidden, mirror=recurrent_mirror)
+        Operator(
+            name,
+            recurrent_axes,
+            recurrent_dead,
+            recurrent_macs,
+            patch_hidden,
+            mirror=recurrent_mirror,
+            fixed=frozenset({5, 6}),  # where a sequence starts: stored zeros are no weights
+        )
         for name in ("LSTM", "GRU", "RNN")
     ),
     Operator(
@@ -169,5 +191,7 @@ OPERATORS = (
         rounds=True,
         keeps=frozenset({8, 9, 10, 11}),
         quantised=((1, 9), (2, 11)),
+        mirror=quantised_lstm_mirror,
+        fixed=frozenset({8, 10}),
     ),
 )

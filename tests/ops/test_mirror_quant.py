@@ -257,6 +257,25 @@ def test_gradients_reach_weights_behind_integers_of_32_bits() -> None:
     np.testing.assert_allclose(x.grad, np.broadcast_to(real.sum(1), (5, 4)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_quantised_lstm_is_near_to_onnxruntime_s(columns: bool) -> None:
+    """Which rounds its state at every step, too."""
+    hidden, shape = 6, (2, 24) if columns else (2,)
+    scales = [RNG.uniform(0.004, 0.006, shape).astype(np.float32) for _ in range(2)]
+    zeros = [np.zeros(shape, np.int8)] * 2
+    inputs = [f(7, 2, 5), i8(2, 5, 24), i8(2, hidden, 24), f(2, 48), *[None] * 4]
+    inputs += [scales[0], zeros[0], scales[1], zeros[1]]
+    settings = {"hidden_size": hidden, "direction": "bidirectional", "count": 3, "symbolic": False}
+    model, fed = one_node("DynamicQuantizeLSTM", inputs, stored=(1, 2, 3, 8, 9, 10, 11), **settings, **MS)
+    agree(model, fed, rtol=0, atol=0.02)
+    module = mirror(model)
+    module(torch.from_numpy(fed["x0"]))[0].sum().backward()
+    assert {n for n, p in module.named_parameters() if p.grad is not None} == {"x1", "x2", "x3"}
+    np.testing.assert_array_equal(
+        module.meta["quantised"]["x2"].integers(dict(module.named_parameters())["x2"].detach().numpy()), inputs[2]
+    )
+
+
 def test_four_bit_weights_stay_as_they_are() -> None:
     packed = onnx.helper.make_tensor("w", onnx.TensorProto.INT4, [4, 3], list(RNG.integers(-8, 8, 12)))
     model, fed = one_node("MatMul", [f(2, 4), f(4, 3)], opset=21)
