@@ -200,3 +200,10 @@ def test_gradients_are_those_of_the_torch_module() -> None:
 def test_an_activation_that_nobody_knows_is_named() -> None:
     with pytest.raises(NotMirrored, match="swirl"):
         mirror(node("RNN", activations=["Swirl"])[0])
+
+
+def test_stored_initial_states_are_no_weights() -> None:
+    inputs, more = layer("LSTM", states=True)
+    module = mirror(one_node("LSTM", inputs, stored=(1, 2, 3, 5, 6), **more)[0])
+    assert {n for n, _ in module.named_parameters()} == {"x1", "x2", "x3"}
+    assert {n for n, _ in module.named_buffers()} == {"x5", "x6"}
