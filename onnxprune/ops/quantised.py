@@ -38,8 +38,9 @@ def number(m: MirrorContext, i: int | None) -> Any:
     if i is None or not m.has(i):
         return 0
     stored = m.stored(i)
-    if stored is not None and stored.size == 1:
-        value = stored.reshape(()).astype(np.float32).item()
+    same = stored is not None and stored.size > 0 and (stored.size == 1 or not is_float(m, i))
+    if stored is not None and same and (stored == stored.flat[0]).all():
+        value = stored.flat[0].astype(np.float32).item()
         return value if is_float(m, i) else int(value)
     return m.tensor(i) if is_float(m, i) else m.whole(i)
 
