@@ -39,8 +39,8 @@ class TrainSettings:
     steps: int | None = None
     epochs: int | None = None
     time_budget_s: float | None = None
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch: int = 32

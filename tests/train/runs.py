@@ -111,7 +111,9 @@ class Stateless(CrossEntropy):
 def settings(**changes: Any) -> TrainSettings:
     """Of a short run in float32."""
     length = {} if {"epochs", "time_budget_s"} & changes.keys() else {"steps": 12}
-    return TrainSettings(**(length | {"lr": 0.05, "batch": 8, "amp": "none", "device": "cpu"} | changes))  # type: ignore[arg-type]
+    return TrainSettings(
+        **(length | {"optimizer": "sgd", "lr": 0.05, "batch": 8, "amp": "none", "device": "cpu"} | changes)
+    )  # type: ignore[arg-type]
 
 
 def run(
