@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from onnxprune.accuracy import DEFAULT_RECIPE, Recipe, Work, is_first_process
+from onnxprune.accuracy import DEFAULT_RECIPE, TRAINED_KEY, Recipe, Work, is_first_process
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
@@ -34,6 +34,7 @@ from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_settings
 from onnxprune.select.target import parse_target
 from onnxprune.train.settings import TrainSettings
 from onnxprune.verify.equivalence import prove
+from onnxprune.verify.trained import prove_trained
 
 if TYPE_CHECKING:
     from onnxprune.train.log import Row
@@ -246,7 +247,11 @@ def verify(
     input_shapes: Shapes | None = None,
     registry: Mapping[str, Operator] = OPERATORS,
 ) -> Verification:
-    """Repeat the proof from the plan stored in a pruned model. Raises VerificationFailed, ModelRejected."""
+    """Repeat the proof from the plan stored in a pruned model.
+
+    Of a model that was trained since, the surgery is done again and proved, and the file must be what came out with
+    other weights; the notes say so. Raises VerificationFailed, ModelRejected.
+    """
     small = open_model(pruned)
     text = next((p.value for p in small.proto.metadata_props if p.key == METADATA_KEY), None)
     if text is None:
@@ -256,7 +261,10 @@ def verify(
         )
     pins, exclude = stored_settings(text)
     analysis = analyse_graph(load(original, registry=registry, pins=pins), registry=registry, exclude=exclude)
-    return prove(analysis, plan_from_text(text, analysis), Path(pruned), seed=seed, shapes=input_shapes, model=small)
+    plan = plan_from_text(text, analysis)
+    if any(p.key == TRAINED_KEY for p in small.proto.metadata_props):
+        return prove_trained(analysis, plan, Path(pruned), small, seed=seed, shapes=input_shapes)
+    return prove(analysis, plan, Path(pruned), seed=seed, shapes=input_shapes, model=small)
 
 
 def _load(

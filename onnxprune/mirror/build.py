@@ -29,8 +29,8 @@ from onnxprune.mirror.context import Context, Unsupported
 from onnxprune.mirror.quantised import INTEGERS, Quantised
 from onnxprune.mirror.sizes import Size, computed, unwrapped
 from onnxprune.mirror.targets import Targets, identifier
-from onnxprune.mirror.weights import weights
 from onnxprune.model.graph import Graph, Node
+from onnxprune.model.weights import weights
 from onnxprune.ops.kernels import sizes as size_kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED

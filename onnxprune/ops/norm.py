@@ -330,6 +330,7 @@ OPERATORS = (
         broadcasts=True,
         mirror=batch_norm_mirror,
         fixed=frozenset({3, 4}),
+        running=frozenset({3, 4}),
     ),
     Operator(
         "InstanceNormalization",

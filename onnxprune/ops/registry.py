@@ -46,6 +46,7 @@ class Operator:
     carries: it moves or compares values and computes none, so that integers may be carried through it as floats.
     mirror: the operator in torch, recorded into the mirror's graph. None: a model with it can't be trained.
     fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
+    running: of those, the statistics that training updates all the same, as it goes over the data.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Operator:
     carries: bool = False
     mirror: MirrorRule | None = None
     fixed: frozenset[int] = frozenset()
+    running: frozenset[int] = frozenset()
 
 
 class Registry(Mapping[str, Operator]):
