@@ -208,7 +208,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 def synchronised(module: nn.Module, team: Team) -> Iterator[None]:
     """Let torch's own BatchNorm modules inside `module` normalise over all processes meanwhile.
 
-    A function that calls `batch_norm` above needs no such help.
+    A function that calls `batch_norm` needs no such help.
     """
     found = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if team.world > 1 else []
     for m in found:

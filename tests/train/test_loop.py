@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from onnxprune.errors import DataError, Diverged, ModelRejected, OnnxPruneError, UsageError
-from onnxprune.train.device import arithmetic
+from onnxprune.train.device import LossReader, arithmetic
 from onnxprune.train.hooks import Hooks, Step
 from onnxprune.train.schedule import rate
 from tests.train.runs import Arrays, ArraySource, CrossEntropy, Stateless, convnet, run, same, settings
@@ -240,6 +241,15 @@ class _Counting(Hooks):
         self.seen.append(step.index)
 
 
+def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UsageError, match="tensorboard is not installed"):
+            run(tensorboard=tmp_path / "board")
+    else:
+        run(tensorboard=tmp_path / "board")
+        assert list((tmp_path / "board").iterdir())
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -310,6 +320,30 @@ class _Halving(Hooks):
     def on_step_begin(self, step: Step) -> None:
         for group in step.optimizer.param_groups:
             group["lr"] = 0.05 * (0.5 if step.index >= self.from_step else 1.0)
+
+
+class Late(LossReader):
+    """Gives losses out three steps late, as on CUDA."""
+
+    def take(self, *, everything: bool = False) -> list[float]:
+        keep = 0 if everything else 3
+        return [float(self._waiting.popleft()[0]) for _ in range(len(self._waiting) - keep)]
+
+
+def test_losses_that_arrive_late_change_nothing_but_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, one = run(checkpoint_every_steps=5)
+    monkeypatch.setattr("onnxprune.train.run.LossReader", Late)
+    rows: list[Any] = []
+    student, other = run(checkpoint_every_steps=5, log_file=tmp_path / "log.csv", log_every=1, run_dir=tmp_path / "run")
+    assert same(student, expected)
+    assert (one.first_loss, one.last_loss, one.steps) == (other.first_loss, other.last_loss, other.steps)
+    hooks = _Bursting(at=7, times=1)
+    _, burst = run(hooks=hooks, checkpoint_every_steps=5, notify=rows.append)
+    # Step 8 gives nan; at step 10 a checkpoint is due, for which all losses are waited for.
+    assert burst.backoffs == 1 and [index for index, _ in hooks.rates] == [*range(10), *range(5, 12)]
+    hooks = _Bursting(at=10, times=1)
+    _, burst = run(hooks=hooks, checkpoint_every_steps=5, notify=rows.append)
+    assert burst.backoffs == 1 and burst.steps == 12, "what arrives after the last step counts too"
 
 
 def test_after_two_times_it_is_given_up() -> None:
