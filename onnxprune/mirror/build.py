@@ -101,6 +101,7 @@ class Builder:
         taken: set[str] = {"self"}
         for name in self.graph.inputs:
             given = self.made(self.fx.placeholder(unused(identifier(name), taken)))
+            given.node.meta["shape"] = self.graph.shapes.get(name)
             cast = self.half is not None and self.graph.types.get(name) in _HALVES
             self.values[name] = given.to(self.half) if cast else given
         self.visit_all()
@@ -158,6 +159,7 @@ class Builder:
                 self.values[name] = result
                 if isinstance(result, Proxy):
                     result.node.meta.setdefault("onnx", node.label)
+                    result.node.meta.setdefault("shape", self.graph.shapes.get(name))  # under the graph's pins
         operator = self.registry.get(node.op)
         if operator is not None and operator.carries:
             for kind in {self.carried[n] for n in node.inputs if n in self.carried}:
