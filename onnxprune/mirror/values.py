@@ -20,7 +20,8 @@ def stored_values(mirror: GraphModule) -> dict[Path, np.ndarray]:
     for target, path in mirror.meta["parameters"].items():
         tensor = state.get(target)
         if tensor is not None and tensor.dtype.is_floating_point:
-            found[path] = as_array(tensor)
+            form = mirror.meta.get("quantised", {}).get(target)
+            found[path] = as_array(tensor) if form is None else form.integers(as_array(tensor))
     return found
 
 

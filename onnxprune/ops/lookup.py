@@ -212,6 +212,8 @@ def gather_mirror(m: MirrorContext) -> Any:
         and index[0] * index[-1] >= 0
     ):
         return x.narrow(axis, int(index[0]), index.size)
+    if index is None and m.rank(1) == 0 and isinstance(m.ints(1), list):  # a place that is computed from sizes
+        return x.select(axis, m.ints(1)[0])
     if m.rank(0) == 2 and axis in (0, -2):
         if index is not None and (index >= 0).all() and m.dtype(1) in (torch.int32, torch.int64):
             return F.embedding(m.tensor(1), x)

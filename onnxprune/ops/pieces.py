@@ -286,16 +286,16 @@ def slice_mirror(m: MirrorContext) -> Any:
     lists = all(isinstance(b, list) for b in (starts, ends, axes, steps))
     if not lists or not all(isinstance(n, int) for n in (*axes, *steps)) or (rank is None and min(axes) < 0):
         return m.call(_run.slices, x, starts, ends, axes, steps)
-    index = [slice(None)] * (rank or max(axes) + 1)
+    index: dict[int, slice] = {}
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 0:
-            whole = step == start == -1 and isinstance(end, int) and end <= -FARTHEST
+            whole = step == -1 and isinstance(start, int) and start == -1 and isinstance(end, int) and end <= -FARTHEST
             x = x.flip(axis) if whole else m.call(_run.slice_backwards, x, axis, start, end, step)
-        else:
-            index[axis] = slice(bound(start, 0), bound(end, FARTHEST), None if step == 1 else step)
-    while index and index[-1] == slice(None):
-        index.pop()
-    return x[tuple(index)] if index else x
+            continue
+        low, high = bound(start, 0), bound(end, FARTHEST)
+        if low is not None or high is not None or step != 1:
+            index[axis % rank if rank else axis] = slice(low, high, None if step == 1 else step)
+    return x[tuple(index.get(k, slice(None)) for k in range(max(index) + 1))] if index else x
 
 
 def slice_lists(m: MirrorContext) -> tuple[Any, Any, Any, Any]:
@@ -329,7 +329,7 @@ def pad_mirror(m: MirrorContext) -> Any:
         amounts[axis] = (pads[k], pads[len(axes) + k])
     sides = [n for pair in reversed(amounts) for n in pair]
     if mode == "constant":
-        while sides[-2:] in ([0, 0], [0.0, 0.0]):
+        while sides and all(isinstance(n, int) and n == 0 for n in sides[-2:]):
             del sides[-2:]
         if not sides:
             return x

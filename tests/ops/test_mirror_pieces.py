@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
+from onnxprune.mirror import mirror
 from tests.ops.mirroring import agree, differentiable, one_node
 
 RNG = np.random.default_rng(0)
@@ -113,6 +116,34 @@ def test_a_mirror_computes_what_onnxruntime_does(name: str) -> None:
 def test_derivatives_are_the_numerical_ones(name: str) -> None:
     op, inputs, stored, attributes = CASES[name]
     differentiable(op, inputs, stored=[k for k in stored if inputs[k].dtype != np.float32], **attributes)
+
+
+BY_SIZES = """
+<ir_version: 8, opset_import: ["" : 17]>
+agraph (float[N, T, 8] x) => (float[N, S, 8] y, float[N, S, 8] q, float[N, 8] last, float[M, P, 8] p)
+<int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] end = {9223372036854775807}>
+{
+    shape = Shape(x)
+    t = Gather(shape, one)
+    half = Div(t, two)
+    y = Slice(x, half, end, one)
+    rest = Sub(t, half)
+    sizes = Concat <axis = 0> (half, rest)
+    a, q = Split <axis = 1> (x, sizes)
+    place = Sub(t, one)
+    scalar = Squeeze(place)
+    last = Gather <axis = 1> (x, scalar)
+    pads = Concat <axis = 0> (zero, half, zero, zero, one, zero)
+    p = Pad(x, pads)
+}
+"""
+
+
+def test_bounds_follow_the_sizes_of_the_input() -> None:
+    model = onnx.parser.parse_model(BY_SIZES)
+    for n, t in ((2, 4), (3, 9), (1, 2)):
+        agree(model, {"x": f(n, t, 8)})
+    assert "to_tensor" not in mirror(model).code  # they stay integers
 
 
 def test_of_equal_elements_the_first_ones_are_the_top() -> None:

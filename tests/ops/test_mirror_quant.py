@@ -12,6 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from onnxprune.mirror import mirror
+from onnxprune.mirror.values import stored_values
 from tests.ops.mirroring import agree, one_node, run_mirror, run_onnxruntime
 
 RNG = np.random.default_rng(0)
@@ -198,6 +199,7 @@ def test_stored_integers_are_weights_in_real_units_that_can_be_written_back() ->
         written = forms[name].integers(weights[name].detach().numpy())
         assert written.dtype == integers.dtype
         np.testing.assert_array_equal(written, integers)
+    np.testing.assert_array_equal(stored_values(module)["w",], W)
     moved = weights["w"].detach().numpy() + 3 * SMALL[:, None, None, None]
     np.testing.assert_array_equal(forms["w"].integers(moved), np.clip(W.astype(int) + 3, -128, 127))
 
