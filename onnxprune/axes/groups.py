@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+import numpy as np
 from onnx import TensorProto
 
 from onnxprune.axes.dead import CONSUMES, EXACT, FOLLOWS, INEXACT, PRODUCES, Role, Use, Verdicts, consumed
@@ -21,10 +22,12 @@ from onnxprune.axes.expr import (
     resolve,
 )
 from onnxprune.axes.walk import NO_PARAMETERS, OUTPUT, Walk, parameter_of
+from onnxprune.model.graph import Graph
 
 __all__ = ["BarrierCost", "Coverage", "Group", "Member", "find_coverage", "find_groups"]
 
 TABLE_RANK = 3
+SAMPLE = 1 << 20  # elements of a table that are looked at
 _POSITIONS = NO_PARAMETERS | {TensorProto.INT32}
 _WEAK = {
     "a kernel's extent",
@@ -73,7 +76,8 @@ class Coverage:
     """How many parameters are in a group; `exact` leaves out inexact groups.
 
     What an exporter stored but nobody learnt is no parameter: integers, and tables of positions (attention masks,
-    anchor boxes, sampling grids: constants of rank 3 or more, without a channel, that no product takes in).
+    anchor boxes, sampling grids: constants of rank 3 or more, without a channel, that no product takes in, and of few
+    different numbers, as coordinates are and weights are not).
     """
 
     params_total: int
@@ -162,6 +166,12 @@ def _only_broadcast(walk: Walk, name: str) -> bool:
     return found
 
 
+def _few_numbers(graph: Graph, name: str) -> bool:
+    """True of coordinates: no more different numbers than its axes are long, twice over."""
+    array = graph.array(name).reshape(-1)
+    return len(np.unique(array[:SAMPLE])) <= 2 * sum(graph.parameters[name].shape)
+
+
 def find_coverage(walk: Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[BarrierCost, ...], dict[str, float]]:
     graph = walk.graph
     covered = {g.atom for g in groups}
@@ -184,7 +194,8 @@ def find_coverage(walk: Walk, groups: Sequence[Group]) -> tuple[Coverage, tuple[
         if name not in best:  # nothing reads it, or it holds positions
             continue
         left, left_exact, barrier = best[name]
-        if left == 1 and len(parameter.shape) >= TABLE_RANK and _only_broadcast(walk, name):
+        table = left == 1 and len(parameter.shape) >= TABLE_RANK
+        if table and _only_broadcast(walk, name) and _few_numbers(graph, name):
             continue
         total += parameter.size
         prunable += parameter.size * (1 - left)
