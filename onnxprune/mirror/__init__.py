@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from onnxprune.mirror.build import Builder
+from onnxprune.mirror.fuse import fuse
 from onnxprune.model.graph import Graph
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS
@@ -34,4 +35,6 @@ def mirror(
     Raises ModelRejected, and NotMirrored where nodes have no form in torch: it names them all.
     """
     graph = model if isinstance(model, Graph) else load(model, registry=registry)
-    return Builder(graph, registry, half=half).build().eval()
+    module = Builder(graph, registry, half=half).build()
+    fuse(module)
+    return module.eval()
