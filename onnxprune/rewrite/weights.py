@@ -8,13 +8,15 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
-from onnxprune.model.graph import Graph, Model, subgraphs
+from onnxprune.model.graph import Graph, Model
 from onnxprune.model.payload import Computed, dtype_of
 from onnxprune.model.wire import INLINE_LIMIT
+from onnxprune.rewrite.edit import LISTED_BEFORE_IR
 
 __all__ = ["Path", "with_weights"]
 
-Path = tuple[str, ...]  # labels of control-flow nodes from the outside to the inside, then the tensor's name
+# from the outside to the inside, first output and attribute of every control-flow node; then the tensor's name
+Path = tuple[str, ...]
 
 
 def with_weights(graph: Graph, values: Mapping[Path, np.ndarray]) -> Model:
@@ -48,10 +50,12 @@ def _exchange(model: Model, graph: onnx.GraphProto, path: Path, left: dict[Path,
                 filled.append(k)
                 graph.initializer.add(name=name, data_type=_filled_type(node), dims=array.shape)
                 _set(model, graph.initializer[-1], array)
-        label = node.name or (node.output[0] if node.output else "")
-        if any((*path, label) == key[: len(path) + 1] for key in left):
-            for body in subgraphs(node):
-                _exchange(model, body, (*path, label), left)
+                if model.proto.ir_version < LISTED_BEFORE_IR:
+                    graph.input.append(helper.make_tensor_value_info(name, _filled_type(node), array.shape))
+        for attribute in node.attribute:
+            inside = (*path, node.output[0] if node.output else "", attribute.name)
+            if attribute.type == AttributeProto.GRAPH and any(inside == key[: len(inside)] for key in left):
+                _exchange(model, attribute.g, inside, left)
     for k in reversed(filled):
         del graph.node[k]
 

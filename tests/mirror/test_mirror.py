@@ -284,3 +284,25 @@ def test_scalars_masks_and_bounds_are_no_weights() -> None:
     }
     ports = [("x", TensorProto.FLOAT, [4, 4])], [("z", TensorProto.FLOAT, [4, 4])]
     assert [n for n, _ in mirror(made(nodes, *ports, weights)).named_parameters()] == ["w"]
+
+
+def test_weights_inside_a_branch_are_trained_and_written_back(tmp_path: Path) -> None:
+    def branch(name: str, value: float) -> onnx.GraphProto:
+        weight = numpy_helper.from_array(np.full((4, 3), value, np.float32), "w")
+        node = helper.make_node("MatMul", ["x", "w"], [f"{name}_out"])
+        out = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)
+        return helper.make_graph([node], name, [], [out], [weight])
+
+    nodes = [("If", ["flag"], ["y"], {"then_branch": branch("then", 1.0), "else_branch": branch("else", 2.0)})]
+    ports = [("x", TensorProto.FLOAT, ["b", 4]), ("flag", TensorProto.BOOL, [])], [("y", TensorProto.FLOAT, ["b", 3])]
+    graph = onnxprune.load(made(nodes, *ports, {}))
+    module = mirror(graph)
+    x, flag = np.ones((2, 4), np.float32), np.array(False)
+    module(torch.from_numpy(x), torch.tensor(False)).sum().backward()
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.grad is not None:
+                p.add_(10)
+    written = to_proto(with_weights(graph, stored_values(module)))
+    assert run(written, tmp_path / "if.onnx", x, flag)[0].tolist() == [[48.0] * 3] * 2
+    assert run(written, tmp_path / "if.onnx", x, np.array(True))[0].tolist() == [[4.0] * 3] * 2
