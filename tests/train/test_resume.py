@@ -15,7 +15,7 @@ import torch
 
 from onnxprune.errors import DataError, UsageError
 from onnxprune.train.hooks import Hooks, Step
-from tests.train.runs import ArraySource, convnet, run, same
+from tests.train.runs import ArraySource, Stateless, convnet, run, same
 
 ROOT = Path(__file__).parents[2]
 
@@ -258,3 +258,36 @@ def test_a_failing_source_and_a_nan_do_not_hide_each_other(tmp_path: Path) -> No
         run(source=source, run_dir=tmp_path)
     manifest = json.loads(max((tmp_path / "checkpoints").glob("*.json")).read_text())
     assert manifest["step"] == 3
+
+
+def test_divergence_is_noticed_at_the_same_step(tmp_path: Path) -> None:
+    """The loss jumps at step 31 and stays up; steps of that state are not kept, and 20 of them send the run back."""
+
+    class Jumping(Stateless):
+        factor = 1.0
+
+        def __call__(self, outputs: Any, *, teacher: Any, targets: Any) -> torch.Tensor:
+            loss = super().__call__(outputs, teacher=teacher, targets=targets)
+            return loss + (self.factor - 1) * loss.detach()
+
+    class Jump(Breaking):
+        def __init__(self, at: int) -> None:
+            super().__init__(at)
+            self.last, self.back = -1, False
+
+        def on_step_begin(self, step: Step) -> None:
+            self.back = self.back or step.index <= self.last
+            self.last = step.index
+            criterion.factor = 1e4 if step.index >= 30 and not self.back else 1.0
+
+    how: dict[str, Any] = {"steps": 60, "patience": 20, "checkpoint_every_steps": 5}
+    told: list[str] = []
+    criterion = Jumping()
+    whole, result = run(criterion=criterion, hooks=Jump(-1), notify=told.append, **how)
+    assert result.backoffs == 1 and "at step 50: going back to step 30" in told[0]
+    criterion = Jumping()
+    with pytest.raises(ZeroDivisionError):
+        run(criterion=criterion, hooks=Jump(42), run_dir=tmp_path, **how)
+    again: list[str] = []
+    rest, result = run(criterion=criterion, hooks=Jump(-1), run_dir=tmp_path, resume=True, notify=again.append, **how)
+    assert result.resumed_from == 30 and again == told and same(whole, rest)
