@@ -96,6 +96,11 @@ class Context:
     def shape(self, i: int) -> tuple[int | None, ...] | None:
         return self.graph.shapes.get(self.node.inputs[i]) if self.has(i) else None
 
+    def used(self, j: int) -> bool:
+        name = self.node.outputs[j]
+        inside = any(name in n.captured for n in self.graph.nodes)
+        return bool(name) and (name in self.graph.outputs or name in self.graph.consumers or inside)
+
     def output_rank(self, j: int = 0) -> int | None:
         shape = self.graph.shapes.get(self.node.outputs[j]) if j < len(self.node.outputs) else None
         return None if shape is None else len(shape)

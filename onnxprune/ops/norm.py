@@ -209,6 +209,8 @@ def batch_norm_mirror(m: MirrorContext) -> Any:
     x, (scale, bias, mean, variance) = m.tensor(0), (m.tensor(i) for i in range(1, 5))
     momentum, eps = 1 - float(m.attr("momentum", 0.9)), float(m.attr("epsilon", 1e-5))
     if m.attr("training_mode", 0) or (m.node.opset < 14 and any(m.node.outputs[1:])):
+        if not any(m.used(j) for j in range(1, len(m.node.outputs))):
+            return [m.call(_run.batch_norm_by_batch, x, scale, bias, eps)]
         found = m.call(_run.batch_norm_of_batch, x, mean, variance, scale, bias, momentum, eps)
         return [found[j] for j in range(len(m.node.outputs))]
     if not m.attr("spatial", 1):

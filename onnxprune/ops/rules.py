@@ -374,6 +374,9 @@ class MirrorContext(Protocol):
     def shape(self, i: int) -> tuple[int | None, ...] | None:
         """Shape of input i under the sizes that the model was loaded with: for parameters, and for ranks."""
 
+    def used(self, j: int) -> bool:
+        """Whether anything reads output j."""
+
     def output_rank(self, j: int = 0) -> int | None:
         """Rank of output j, where it is known."""
 

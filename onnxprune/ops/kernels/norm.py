@@ -14,6 +14,7 @@ from onnxprune.ops.kernels.pool import root
 
 __all__ = [
     "batch_norm",
+    "batch_norm_by_batch",
     "batch_norm_of_batch",
     "group_norm",
     "hardmax",
@@ -84,6 +85,14 @@ def batch_norm_of_batch(
         y, centre, spread, _ = normalised(x, scale, bias, eps)
         centre, spread = centre.to(mean.dtype), spread.to(variance.dtype)
         return y, mean.lerp(centre, momentum), variance.lerp(spread, momentum), centre, spread
+
+
+def batch_norm_by_batch(x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As `batch_norm_of_batch`, the result alone."""
+    if together():
+        with torch.autocast(x.device.type, enabled=False):
+            return normalised(x, scale, bias, eps)[0]
+    return torch.batch_norm(x, scale, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def normalised(

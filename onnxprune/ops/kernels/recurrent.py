@@ -42,19 +42,41 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
-def flat_weights(w: Tensor, r: Tensor, bias: Tensor | None, order: Sequence[int]) -> list[Tensor]:
+class _TorchOrder(torch.autograd.Function):
+    """W, R and B of all directions in one vector, the gates in torch's order; gradients go back in one copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, order: tuple[int, ...], w: Tensor, r: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.order, ctx.directions = order, w.size(0)
+        tables = [p for d in range(w.size(0)) for p in (w[d], r[d])]
+        biases = [] if bias is None else [p for d in range(w.size(0)) for p in bias[d].chunk(2)]
+        gates = [p.chunk(len(order)) for p in (*tables, *biases)]
+        flat = torch.cat([parts[k].reshape(-1) for parts in gates for k in order])
+        views = flat.split([p.numel() for p in (*tables, *biases)])
+        return tuple(v.view_as(p) for v, p in zip(views, (*tables, *biases), strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        half, back = 2 * ctx.directions, [ctx.order.index(k) for k in range(len(ctx.order))]
+        gates = [g.chunk(len(back)) for g in gradients]
+        parts = [[chunks[k] for k in back] for chunks in gates]
+        found = [joined(parts[k:half:2]) for k in (0, 1)]
+        biases = [[*w, *r] for w, r in zip(parts[half::2], parts[half + 1 :: 2], strict=True)]
+        return None, *found, joined(biases) if biases else None
+
+
+def joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The gates of each direction, joined; (directions, ..)."""
+    return torch.cat([gate for gates in parts for gate in gates]).unflatten(0, (len(parts), -1))
+
+
+def flat_weights(w: Tensor, r: Tensor, bias: Tensor | None, order: tuple[int, ...]) -> list[Tensor]:
     """The weights as torch's cells take them: per direction W, R and both biases. They lie in one piece of memory, all
     biases last, where cuDNN can use them as they are."""
-    gates = len(order)
-    tables = [p for d in range(w.size(0)) for p in (w[d], r[d])]
-    biases = [] if bias is None else [p for d in range(w.size(0)) for p in bias[d].chunk(2)]
-    pieces = [[p.chunk(gates)[k].reshape(-1) for k in order] for p in (*tables, *biases)]
-    flat = torch.cat([part for parts in pieces for part in parts])
-    views = flat.split([p.numel() for p in (*tables, *biases)])
-    shaped = [v.view_as(p) for v, p in zip(views, (*tables, *biases), strict=True)]
+    shaped = list(_TorchOrder.apply(order, w, r, bias))
     if bias is None:
         return shaped
-    half = len(tables)
+    half = 2 * w.size(0)
     return [p for d in range(w.size(0)) for p in (*shaped[2 * d : 2 * d + 2], *shaped[half + 2 * d : half + 2 * d + 2])]
 
 
