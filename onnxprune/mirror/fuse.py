@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
 from onnxprune.ops.kernels import norm
+from onnxprune.ops.kernels.attention import attend
 
 __all__ = ["fuse"]
 
@@ -28,7 +29,7 @@ Rule = Callable[[GraphModule, Any], "Node | None"]  # torch types what a node ho
 CLOSE = 1e-6  # relative: what float32 makes of a number that a definition has
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 # their results are new tensors that no derivative reads
-_FRESH = frozenset({*_CONVOLUTIONS, norm.batch_norm, operator.add})
+_FRESH = frozenset({*_CONVOLUTIONS, norm.batch_norm, norm.batch_norm_by_batch, operator.add})
 _IN_PLACE = {torch.relu: F.relu, F.relu6: F.relu6}
 
 
@@ -359,10 +360,11 @@ def attention(module: GraphModule, node: Any) -> Node | None:
         return None
     if mask is not None and product.meta.get("shape") != shares.meta.get("shape"):
         return None
-    more = {"attn_mask": mask} if mask is not None else {}
     k = transposed(module, turned)
     scale = scale * by_q * by_k
-    return module.graph.call_function(F.scaled_dot_product_attention, (q, k, v), {**more, "scale": scale})
+    if mask is None:
+        return module.graph.call_function(F.scaled_dot_product_attention, (q, k, v), {"scale": scale})
+    return module.graph.call_function(attend, (q, k, v, mask, scale))
 
 
 def transposed(module: GraphModule, node: Any) -> Node:

@@ -63,8 +63,8 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     if causal:
         mask = both(mask, band(q.size(2), k.size(2), 0, q.device, None, 0))
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):  # autocast: what was finite stays finite
+        mask = mask.clamp_min(max(torch.finfo(t.dtype).min for t in (q, mask))).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
