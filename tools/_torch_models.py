@@ -239,5 +239,5 @@ NETWORKS = {
     "mobilenet_v2": Network("MobileNetV2", 8, 64, _any_size(MobileNetV2), _images, ("image",)),
     "vit_s": Network("ViT-S/16", 4, 96, ViTSmall, _images, ("image",)),
     "bert": Network("BERT, 2 layers", 4, 128, _any_size(Bert), _text, ("tokens", "attention_mask")),
-    "lstm": Network("LSTM, 2 layers", 8, 64, _any_size(TwoLSTM), _frames, ("frames",)),
+    "lstm": Network("LSTM, 2 layers", 32, 64, _any_size(TwoLSTM), _frames, ("frames",)),
 }

@@ -14,8 +14,8 @@ takes onnxscript. Where the exporter folded BatchNorm into convolutions, the mir
 Peak memory is what stays stored (parameters, buffers, gradients and momentum, once each) and the highest balance of
 allocations and frees of a step: on a CPU as torch's profiler counts them, on CUDA by max_memory_allocated.
 "outputs" and "gradients" are the largest difference between the nets by the largest number, over all outputs and over
-the gradients of all parameters; "matched" counts parameters of the mirror that are a native one, as it is or transposed
-(LSTMs: with the gates in the other order).
+the gradients of each parameter, in float64 (float32 where the export makes float32 numbers by itself). "matched" counts
+parameters of the mirror that are a native one, as it is or transposed (LSTMs: with the gates in the other order).
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ from torch.nn import functional as F
 
 from onnxprune import OnnxPruneError
 from onnxprune.mirror import mirror
-from onnxprune.mirror.rebn import rebn
+from onnxprune.mirror.rebn import channel_moments, rebn
 
 SPEED, MEMORY = 0.95, 1.1
 WARM_UP = 3
+NEGLIGIBLE = 1e-6  # of the largest gradient: some gradients are zero but for rounding, such as those of keys' biases
 
 
 @dataclass(frozen=True)
@@ -206,26 +207,37 @@ def forms(module: nn.Module, of: dict[str, Tensor]) -> list[tuple[Tensor, Tensor
 def compared(
     native: nn.Module, mirrored: nn.Module, inputs: Sequence[Tensor], target: Tensor
 ) -> tuple[float, float, str]:
-    """Largest relative difference of outputs and of gradients, and how many parameters were matched; both in float32."""
-    outputs, gradients = [], []
-    for module in (native, mirrored):
-        module = copy.deepcopy(module)
-        y = module(*inputs)
-        F.cross_entropy(y, target).backward()
-        outputs.append(y.detach())
-        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()})
-    known = forms(native, gradients[0])
+    """Largest relative difference of outputs and of gradients, and how many parameters were matched."""
+    try:
+        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+        both = [trained(module, wide, target, torch.float64) for module in (native, mirrored)]
+    except RuntimeError:  # the export makes float32 states by itself
+        both = [trained(module, inputs, target, torch.float32) for module in (native, mirrored)]
+    (expected, gradients), (found, others) = both
+    known = forms(native, gradients)
     worst, matched = 0.0, 0
+    floor = NEGLIGIBLE * max(float(g.abs().max()) for g in gradients.values())
     for name, parameter in mirrored.named_parameters():
         same = next((g for p, g in known if p.shape == parameter.shape and torch.allclose(p, parameter, 1e-5)), None)
         if same is not None:
             matched += 1
-            worst = max(worst, difference(same, gradients[1][name]))
-    return difference(*outputs), worst, f"{matched}/{len(gradients[1])}"
+            worst = max(worst, difference(same, others[name], floor))
+    return difference(expected, found), worst, f"{matched}/{len(others)}"
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+def trained(
+    module: nn.Module, inputs: Sequence[Tensor], target: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output and the gradients of all parameters."""
+    module = copy.deepcopy(module).to(dtype)
+    y = module(*inputs)
+    F.cross_entropy(y, target).backward()
+    named = module.named_parameters()
+    return y.detach(), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+
+
+def difference(a: Tensor, b: Tensor, floor: float = 1e-30) -> float:
+    return float((a - b).abs().max() / a.abs().max().clamp_min(floor))
 
 
 # --- one row
@@ -242,9 +254,10 @@ def compete(network: Network, export: str, setting: Setting, options: argparse.N
     normalised = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in native.modules())
     folded = normalised and not any(n.op_type == "BatchNormalization" for n in model.graph.node)
     twin = fold_normalisation(native.eval()) if folded else native  # type: ignore[arg-type]
+    twin.requires_grad_()
     errors = compared(twin.train(), mirrored.train(), inputs, target)
     if folded:
-        rebn(mirrored.eval(), [inputs])
+        rebn(mirrored.eval(), channel_moments(mirrored, [inputs]))
         with torch.no_grad():
             errors = (max(errors[0], difference(native(*inputs), mirrored(*inputs))), *errors[1:])
     inputs, target = setting.given(inputs), target.to(setting.device)
