@@ -104,9 +104,11 @@ def _candidates(mirror: GraphModule) -> list[Any]:
 
 
 def _has_weight(mirror: GraphModule, node: Node) -> bool:
+    # the weight of a linear layer may be turned on the way
+    read = [a.args[0] if isinstance(a, Node) and a.target == "t" else a for a in node.args]
     return any(
         isinstance(a, Node) and a.op == "get_attr" and isinstance(p := _tensor(mirror, a), nn.Parameter) and p.ndim > 1
-        for a in node.args
+        for a in read
     )
 
 
