@@ -6,10 +6,13 @@ Nothing heavy is imported at the top: `--help` must not wait for onnx, onnxrunti
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -156,6 +159,23 @@ class _Progress:
         """The state of a training run."""
         if self.shown:
             click.echo(f"\r\x1b[K{row.line()}", err=True, nl=False)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (`kill`, torchrun, a batch system) ends the work as Ctrl-C does, so that nothing half-done stays behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Shapes:
@@ -310,7 +330,7 @@ def compress(
     options |= training_arguments(options, seed=options["seed"])
     if not is_first_process():
         json_to, quiet = None, True
-    with _Progress(quiet=quiet) as progress:
+    with _Progress(quiet=quiet) as progress, _terminable():
         result = pipeline.compress(
             model,
             None if options["dry_run"] else output,

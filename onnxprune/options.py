@@ -29,6 +29,7 @@ SETTINGS = (
     "channels_last",
     "compile",
     "device",
+    "checkpoint_every_steps",
 )
 RECIPE = ("preprocess", "loss", "distill", "temperature", "rebn", "eval_data")
 
@@ -98,6 +99,8 @@ _OPTIONS = (
     click.option("--compile", is_flag=True, default=None, help="Train with torch.compile."),
     click.option("--device", metavar="auto|cpu|cuda", help="Where to train."),
     click.option("--run-dir", metavar="DIR", help="Keep checkpoints here."),
+    click.option("--checkpoint-every", "checkpoint_every_steps", type=_count, metavar="N",
+                 help="A checkpoint every N steps, besides those every two minutes."),
     click.option("--resume", is_flag=True, help="Go on from the checkpoints in --run-dir."),
     click.option("--log-file", metavar="FILE", help="A row per few steps, as .csv or .jsonl."),
     click.option("--tensorboard", metavar="DIR", help="TensorBoard scalars, where it is installed."),
@@ -131,7 +134,11 @@ def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
     recipe = Recipe(**{name: options.pop(name) for name in RECIPE})
     if data is None and (settings or resume or run_dir):
         first = next(iter(settings), "run_dir")
-        option = {"batch": "batch-size", "time_budget_s": "time-budget"}.get(first, first.replace("_", "-"))
+        option = {
+            "batch": "batch-size",
+            "time_budget_s": "time-budget",
+            "checkpoint_every_steps": "checkpoint-every",
+        }.get(first, first.replace("_", "-"))
         raise UsageError(f"--{option} is about training, which wants data", "give it with --data")
     if resume and run_dir is None:
         raise UsageError("--resume wants the folder of the run", "give it with --run-dir")

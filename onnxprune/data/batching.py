@@ -210,6 +210,8 @@ class StreamSource:
                 number += 1
                 if number > start:
                     yield plan.batch(whole.take(plan.share(whole.count)))
+        if not number and self.size == 0:
+            raise DataError(f"{self._name} gave batches without a single sample", "give at least one sample")
         if not number:
             raise _too_few(self._name, plan)
 

@@ -210,14 +210,17 @@ class Fit:
             raise DataError(wants, "--preprocess works on numbers only")
         short = port.name if port.name.isidentifier() else "x"
         hint = f"convert it: {short}.astype(np.{_dtype_text(port.dtype)})"
-        if found == np.uint8 and _floating(port.dtype):
+        if found.kind in "UST":
+            hint = "give numbers; text is for models with text inputs"
+        elif found == np.uint8 and _floating(port.dtype):
             hint = "pixels? try --preprocess scale=1/255"
         elif port.dtype == np.uint8 and _floating(found):
             hint = "the model takes whole numbers 0 to 255: give the pixels as they are, not scaled"
         raise DataError(wants, hint)
 
     def _misfit(self, port: Port, found: tuple[int, ...], where: str) -> DataError:
-        message = f"input '{port.name}' wants {port}, {where} gives {shape_text(found)}"
+        gives = shape_text(found) if found else "a single value"
+        message = f"input '{port.name}' wants {port}, {where} gives {gives}"
         return DataError(message, self._hint(port, found))
 
     def _hint(self, port: Port, found: tuple[int, ...]) -> str:

@@ -62,7 +62,7 @@ class Passes:
             try:
                 with draws:
                     again = self._again()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise hook_error(self._name, error) from error
             if not again:
                 self._keep()
@@ -93,7 +93,7 @@ class Passes:
         found = self._object
         try:
             return iter(found.get_next, None) if hasattr(found, "get_next") else iter(found)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, TypeError) and not hasattr(found, "__iter__"):
                 raise DataError(
                     f"{self._name} is no data: {type(found).__name__} is nothing to iterate over",
@@ -115,7 +115,7 @@ class Passes:
             try:
                 with draws:
                     item = next(iterator, _END)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise hook_error(f"{self._name} (at item {number})", error) from error
             if item is _END:
                 return

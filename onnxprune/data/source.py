@@ -129,9 +129,11 @@ class _Opener:
         try:
             with Draws(0, 0):
                 made = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise hook_error(name, error) from error
         if isinstance(made, (str, os.PathLike)):
+            if ":" not in os.fspath(made) and not Path(made).expanduser().exists():
+                raise DataError(f"{name} gives the path '{os.fspath(made)}', which does not exist", _FORMS)
             return self._text(os.fspath(made))
         return made if isinstance(made, Source) else self._object(made, function, name)
 
@@ -170,7 +172,7 @@ def _samples(made: Any, name: str, fit: Fit) -> ItemRecords | None:
         count = len(made)
         with Draws(0, 0, 0):
             first = made[0] if count else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise hook_error(f"{name}[0]", error) from error
     if not count:
         raise DataError(f"{name} is empty", "give at least one sample")

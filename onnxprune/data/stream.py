@@ -159,7 +159,7 @@ class ItemRecords:
                     self._draws.restart(*key, k)
                     with self._draws:
                         item = self._items[k]
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise hook_error(where, error) from error
             rows = self._fit.admit(*parse_item(item, self._fit, where), where)
             if rows.count != 1:

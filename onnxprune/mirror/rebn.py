@@ -66,6 +66,7 @@ def fold(mirror: GraphModule) -> None:
             factor = scale.double() / (variance.double() + EPSILON).sqrt()
             bias.copy_((bias.double() - mean.double()) * factor + shift.double())
             weight.copy_(weight.double() * factor.reshape(-1, *[1] * (weight.ndim - 1)))
+        bias.requires_grad_(True)
         node.replace_all_uses_with(convolution)
         read = [a for a in node.args if isinstance(a, Node) and a is not convolution]
         mirror.graph.erase_node(node)
@@ -142,6 +143,9 @@ def _insert(mirror: GraphModule, targets: Targets, node: Node, mean: Tensor, var
                 owner.register_buffer(leaf, tensor)
             fetched[part] = graph.create_node("get_attr", target)
         training = graph.create_node("get_attr", "training")
+    # What is normalised has no use for the convolution's bias. Its gradient is zero but for rounding, which an
+    # optimizer that divides gradients by their size would follow.
+    _tensor(mirror, node.args[2]).requires_grad_(False)
     statistics = (fetched["mean"], fetched["variance"], fetched["scale"], fetched["bias"])
     made.args = (node, *statistics, training, MOMENTUM, EPSILON)
     made.meta["rebn"] = True

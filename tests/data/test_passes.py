@@ -77,9 +77,9 @@ def test_items_may_have_every_usual_form(item: Any, signature: Signature, target
     ("item", "message"),
     [
         (None, "item 0 of .* is None"),
-        (3, r"input 'x' wants \(N,2\), item 0 of .* gives \(\)"),
+        (3, r"input 'x' wants \(N,2\), item 0 of .* gives a single value"),
         (({"x": 1}, 2, 3), "a tuple of 3"),
-        ("text", r"input 'x' wants \(N,2\), .* gives \(\)"),
+        ("text", r"input 'x' wants \(N,2\), .* gives a single value"),
         ({"x": [[1], [2, 3]]}, "gives input 'x' as list, which makes no array"),
         ({"x": {"no": "array"}}, "makes no array of numbers"),
         (({"x": marked(2, 2)}, {"x": [1, 2]}), "gives 'x' as input and as target"),
