@@ -163,7 +163,7 @@ class _Progress:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM (`kill`, torchrun, a batch system) ends the work as Ctrl-C does, so that nothing half-done stays behind."""
+    """SIGTERM (`kill`, torchrun, a batch system) ends the work as Ctrl-C does: nothing half-done stays behind."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -14,17 +14,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from onnxprune.errors import OnnxPruneError
 from onnxprune.ops.kernels.norm import batch_norm
 
 __all__ = ["GradientSum", "Team", "batch_norm", "joined", "local_rank", "synchronised"]
 
 BUCKET_BYTES = 25 * 2**20
+PATIENCE = timedelta(days=1)
+_LOST = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "NCCL")  # what gloo and nccl say
 
 
 def local_rank() -> int:
@@ -86,6 +90,8 @@ def joined(device: torch.device) -> Iterator[Team]:
     environment describes, else this process alone.
 
     The group is left at the process's end only: under torchrun, whose store outlives it, a second one can't be made.
+    Processes wait for each other as long as it takes: one may evaluate a model meanwhile, and torchrun ends all of them
+    where one fails. Raises OnnxPruneError where another process is lost meanwhile.
     """
     if not dist.is_available():
         yield Team()
@@ -93,14 +99,18 @@ def joined(device: torch.device) -> Iterator[Team]:
     if not dist.is_initialized() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         atexit.register(_leave)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Team()
         return
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), control)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _LOST):
+            raise
+        raise OnnxPruneError("another process ended before its time", "what it printed says why") from error
     finally:
         dist.destroy_process_group(control)
 
