@@ -214,6 +214,9 @@ class Network:
         for parameter in module.parameters():
             if parameter.ndim < 2 or not parameter.any():
                 nn.init.normal_(parameter, 1.0 if (parameter == 1).all() else 0.0, 0.02)
+        for name, buffer in module.named_buffers():  # equal ones would be exported as one
+            if name.endswith(("running_mean", "running_var")):
+                nn.init.normal_(buffer, 1.0 if name.endswith("var") else 0.0, 0.02)
         return module
 
 

@@ -7,9 +7,9 @@ native, ...) in one process; the ratio is the median over all turns of the time 
     python tools/bench_training.py --device cuda                 with bf16 autocast and channels_last
     python tools/bench_training.py --models vit_s --exports ts-14 --batch 4 --seconds 5
 
-Exports: `ts-N` is torch.onnx.export(dynamo=False, training=PRESERVE) with opset N, `dynamo` the default of today, which
-takes onnxscript. Where the exporter folded BatchNorm into convolutions, the mirror races with it put back by `rebn`
-("rebn"), against the native net that has it, and is compared with the native net with it folded.
+Exports, in eval mode: `ts-N` is torch.onnx.export(dynamo=False, training=PRESERVE) with opset N, which keeps BatchNorm;
+`dynamo` is the default of today, which folds it and takes onnxscript. Where it is folded, the mirror races with it put
+back by `rebn` ("rebn"), against the native net that has it, and is compared with the native net with it folded.
 
 Peak memory is what stays stored (parameters, buffers, gradients and momentum, once each) and the highest balance of
 allocations and frees of a step: on a CPU as torch's profiler counts them, on CUDA by max_memory_allocated.
@@ -143,18 +143,19 @@ class Trainer:
 
 
 def exported(network: Network, module: nn.Module, inputs: tuple[Tensor, ...], export: str) -> onnx.ModelProto:
-    """The module in training mode as ONNX, with a dynamic batch."""
+    """The module in eval mode as ONNX, with a dynamic batch."""
     names, file = list(network.names), io.BytesIO()
+    module = copy.deepcopy(module).eval()
     with quiet():
         if export == "dynamo":
             free = tuple({0: torch.export.Dim.DYNAMIC} for _ in names)
             program = torch.onnx.export(
-                copy.deepcopy(module), inputs, dynamo=True, dynamic_shapes=free, input_names=names, verbose=False
+                module, inputs, dynamo=True, dynamic_shapes=free, input_names=names, verbose=False
             )
             assert program is not None
             return program.model_proto
         torch.onnx.export(
-            copy.deepcopy(module),
+            module,
             inputs,
             file,  # type: ignore[arg-type]
             dynamo=False,
