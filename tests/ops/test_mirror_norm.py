@@ -63,6 +63,17 @@ def test_batch_norm_in_onnx_training_mode() -> None:
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
+def test_batch_norm_in_onnx_training_mode_whose_statistics_nothing_reads() -> None:
+    """It is one call of torch then, also for a single number per channel."""
+    for shape in ((4, 3, 5), (1, 3)):
+        inputs = [made(*shape), *statistics(3)]
+        more = {"stored": (1, 2, 3, 4), "opset": 15, "training_mode": 1}
+        whole, fed = one_node("BatchNormalization", inputs, count=3, **more)
+        alone, _ = one_node("BatchNormalization", inputs, **more)
+        found, expected = run_mirror(alone, fed)[0], run_mirror(whole, fed)[0]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # rounding by 1 / sqrt(eps) = 316
+
+
 def test_training_moves_the_stored_statistics_as_torch_does() -> None:
     inputs = [made(4, 3, 5, 6), *statistics(3)]
     module = mirror(one_node("BatchNormalization", inputs, stored=(1, 2, 3, 4), momentum=0.7, epsilon=1e-3)[0])
