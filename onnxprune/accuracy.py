@@ -162,9 +162,10 @@ class Work:
             raise
         entry = model.proto.metadata_props.add(key=TRAINED_KEY)
         entry.value = json.dumps({"loss": report.loss, "steps": report.steps})
-        written = path.with_name(f"{path.name}.trained")
-        model.nbytes = write(model, written)
-        os.replace(written, path)
+        with TemporaryDirectory(dir=path.parent) as folder:  # `path` is still mapped: the weights are read from it
+            model.nbytes = write(model, Path(folder) / path.name)
+            for file in Path(folder).iterdir():
+                os.replace(file, path.parent / file.name)
         found = infer(open_model(path), self.registry, self.original.pins)
         error = mirror_error(module, found, path, registry=self.registry, shapes=shapes)
         result.training = replace(report, mirror_error_after=error)

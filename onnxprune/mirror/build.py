@@ -30,7 +30,7 @@ from onnxprune.mirror.quantised import INTEGERS, Quantised
 from onnxprune.mirror.sizes import Size, computed, unwrapped
 from onnxprune.mirror.targets import Targets, identifier
 from onnxprune.model.graph import Graph, Node
-from onnxprune.model.weights import weights
+from onnxprune.model.weights import statistics, weights
 from onnxprune.ops.kernels import sizes as size_kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
@@ -81,7 +81,8 @@ class Builder:
         self.fetched: dict[str, Proxy] = {}
         self.constants = frozenset(constants)
         self.learnable = weights(graph, registry) - self.constants
-        self.learned = set(self.learnable)  # and what is computed from weights
+        self.statistics = statistics(graph, registry)
+        self.learned = self.learnable | set(self.statistics)  # and what is computed from them: it changes in training
         self.carried: dict[str, int] = {}  # tensors of integers that are carried as floats, and their type
         self.quantised: dict[str, Quantised] = {}  # target -> how a parameter's integers are stored
         self.parameters: dict[str, tuple[str, ...]] = {}  # target -> path of nodes and the stored tensor's name

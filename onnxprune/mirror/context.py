@@ -58,6 +58,11 @@ class Context:
         operator = self.builder.registry.get(self.node.op)
         return operator is not None and operator.carries
 
+    def shared(self, i: int) -> bool:
+        node = self.tensor(i).node
+        path = self.builder.parameters.get(node.target, ()) if node.op == "get_attr" else ()
+        return any(self.builder.statistics.get(name, 0) > 1 for name in path)
+
     def optional(self, i: int) -> Any:
         return self.tensor(i) if self.has(i) else None
 

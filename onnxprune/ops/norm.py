@@ -213,10 +213,11 @@ def batch_norm_mirror(m: MirrorContext) -> Any:
             return [m.call(_run.batch_norm_by_batch, x, scale, bias, eps)]
         found = m.call(_run.batch_norm_of_batch, x, mean, variance, scale, bias, momentum, eps)
         return [found[j] for j in range(len(m.node.outputs))]
+    training = False if m.shared(3) or m.shared(4) else m.training
     if not m.attr("spatial", 1):
         each = (p.flatten() for p in (mean, variance, scale, bias))
-        return m.call(_run.batch_norm, x.flatten(1), *each, m.training, momentum, eps).view_as(x)
-    return m.call(_run.batch_norm, x, mean, variance, scale, bias, m.training, momentum, eps)
+        return m.call(_run.batch_norm, x.flatten(1), *each, training, momentum, eps).view_as(x)
+    return m.call(_run.batch_norm, x, mean, variance, scale, bias, training, momentum, eps)
 
 
 def instance_norm_mirror(m: MirrorContext) -> Any:

@@ -352,6 +352,9 @@ class MirrorContext(Protocol):
         """Input i as a tensor. One of integers may be carried as floats that hold whole numbers, where the operator
         `carries`."""
 
+    def shared(self, i: int) -> bool:
+        """True where input i is a stored statistic that other nodes read too, so that none may update it."""
+
     def optional(self, i: int) -> Any:
         """As `tensor`; None where the input is absent."""
 

@@ -22,7 +22,7 @@ from onnxprune.model.graph import Graph, Model, Parameter, names_used
 from onnxprune.model.infer import infer
 from onnxprune.model.load import open_model
 from onnxprune.model.save import write
-from onnxprune.model.weights import reads, weights
+from onnxprune.model.weights import reads, statistics, weights
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Verification
 from onnxprune.rewrite.rewrite import rewrite
@@ -129,7 +129,7 @@ def _tensors(wanted: Graph, found: Graph, name: str, *, free: bool) -> Iterator[
 def _trainable(graph: Graph) -> set[str]:
     """Stored tensors that training may have changed: weights, running statistics, and integers that stand for
     weights."""
-    found = weights(graph, graph.registry)
+    found = weights(graph, graph.registry) | set(statistics(graph, graph.registry))
     uses = [(name, n.op, i) for n in graph.nodes for i, name in enumerate(n.inputs)]
     uses += [use for n in graph.nodes for _, body in _bodies(n.proto) for use in reads(body)]
     for name, op, i in uses:

@@ -306,3 +306,37 @@ def test_weights_inside_a_branch_are_trained_and_written_back(tmp_path: Path) ->
     written = to_proto(with_weights(graph, stored_values(module)))
     assert run(written, tmp_path / "if.onnx", x, flag)[0].tolist() == [[48.0] * 3] * 2
     assert run(written, tmp_path / "if.onnx", x, np.array(True))[0].tolist() == [[4.0] * 3] * 2
+
+
+def test_what_stands_behind_an_identity_is_what_it_is_used_as() -> None:
+    """Exporters let layers share one tensor through an Identity, statistics and initial states among them."""
+    nodes = [
+        ("Identity", ["mean"], ["same"], {}),
+        ("Identity", ["w"], ["v"], {}),
+        ("Conv", ["x", "v"], ["c"], {}),
+        ("BatchNormalization", ["c", "scale", "scale", "same", "var"], ["y"], {}),
+    ]
+    weights = {
+        "w": RNG.standard_normal((3, 3, 1, 1)).astype(np.float32),
+        "mean": np.zeros(3, np.float32),
+        "var": np.ones(3, np.float32),
+        "scale": np.ones(3, np.float32),
+    }
+    image = [("x", TensorProto.FLOAT, ["b", 3, 4, 4])], [("y", TensorProto.FLOAT, ["b", 3, 4, 4])]
+    module = mirror(made(nodes, *image, weights))
+    assert {n for n, _ in module.named_parameters()} == {"w", "scale"}
+    module.train()(torch.randn(8, 3, 4, 4) + 5).sum().backward()
+    assert module.mean.abs().max() > 0
+
+
+def test_statistics_that_nodes_share_stay_as_they_are() -> None:
+    nodes = [
+        ("BatchNormalization", ["x", "scale", "scale", "mean", "var"], ["y"], {}),
+        ("BatchNormalization", ["y", "scale", "scale", "mean", "var"], ["z"], {}),
+    ]
+    weights = {n: np.full(3, v, np.float32) for n, v in (("mean", 0), ("var", 1), ("scale", 2))}
+    image = [("x", TensorProto.FLOAT, ["b", 3, 4, 4])], [("z", TensorProto.FLOAT, ["b", 3, 4, 4])]
+    module, x = mirror(made(nodes, *image, weights)), torch.randn(8, 3, 4, 4) + 5
+    before = module(x)
+    torch.testing.assert_close(module.train()(x), before)
+    assert module.mean.abs().max() == 0
