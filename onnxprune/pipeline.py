@@ -37,9 +37,11 @@ from onnxprune.verify.equivalence import prove
 from onnxprune.verify.trained import prove_trained
 
 if TYPE_CHECKING:
+    import torch.fx
+
     from onnxprune.train.log import Row
 
-__all__ = ["Inspection", "analyse", "compress", "inspect", "verify"]
+__all__ = ["Inspection", "analyse", "compress", "inspect", "mirror", "verify"]
 
 Shapes = Mapping[str, Sequence[int]]
 Progress = Callable[[str], None]
@@ -237,6 +239,25 @@ def analyse(
     """Groups, axes, coverage and barriers of a model. Raises ModelRejected, UsageError."""
     graph = model if isinstance(model, Graph) else _load(model, registry, input_shapes)
     return analyse_graph(graph, registry=registry, exclude=exclude)
+
+
+def mirror(
+    model: str | os.PathLike[str] | onnx.ModelProto | Graph,
+    *,
+    half: torch.dtype | None = None,
+    registry: Mapping[str, Operator] = OPERATORS,
+) -> torch.fx.GraphModule:
+    """A model as a torch module that computes the same function: see `mirroring.mirror`. Wants torch.
+
+    Raises ModelRejected; NotMirrored where nodes have no form in torch; UsageError where torch is not installed.
+    """
+    try:
+        from onnxprune.mirroring import mirror as build
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError("a mirror wants torch, which is not installed", "pip install 'onnxprune[train]'") from None
+    return build(model, half=half, registry=registry)
 
 
 def verify(

@@ -2,7 +2,7 @@
 
 They are built in memory by the onnx package. A case is comparable where all its tensors are floats, integers of 8 bits
 and more, or bools; a `stored` case is the same model with its integer and bool inputs as initializers, which is how
-exporters write axes, sizes and indices. tools/mirror_node_tests.py prints the table, tests/mirror/test_node_cases.py
+exporters write axes, sizes and indices. tools/mirror_node_tests.py prints the table, tests/mirroring/test_node_cases.py
 holds the mirror to it.
 """
 
@@ -24,7 +24,7 @@ from onnx import TensorProto, numpy_helper
 from onnx.backend.test.runner import Runner
 
 from onnxprune.errors import ModelRejected, NotMirrored
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 
 __all__ = ["FAILED", "NOT_MIRRORED", "PASSED", "Case", "Outcome", "cases", "run", "stored", "to_numpy", "to_torch"]
 

@@ -44,8 +44,8 @@ from torch.fx.experimental.optimization import fuse as fold_normalisation
 from torch.nn import functional as F
 
 from onnxprune import OnnxPruneError
-from onnxprune.mirror import mirror
-from onnxprune.mirror.rebn import channel_moments, rebn
+from onnxprune.mirroring import mirror
+from onnxprune.mirroring.rebn import channel_moments, rebn
 
 SPEED, MEMORY = 0.95, 1.1
 WARM_UP = 3

@@ -30,7 +30,7 @@ from _common import amount, machine_note, print_table, write_json
 
 from onnxprune import OPERATORS, Graph, OnnxPruneError, load
 from onnxprune.errors import ModelRejected, NotMirrored
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from onnxprune.verify.compare import difference
 from onnxprune.verify.equivalence import TOLERANCES, tolerance
 from onnxprune.verify.runs import feeds_that_run, session

@@ -25,9 +25,9 @@ from onnxprune.data.batching import StreamSource
 from onnxprune.data.signature import Signature, signature_of
 from onnxprune.data.source import Source, open_data
 from onnxprune.errors import VerificationFailed
-from onnxprune.mirror import mirror
-from onnxprune.mirror.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn
-from onnxprune.mirror.values import stored_values
+from onnxprune.mirroring import mirror
+from onnxprune.mirroring.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn
+from onnxprune.mirroring.values import stored_values
 from onnxprune.model.graph import Graph, Model
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Training

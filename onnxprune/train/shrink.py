@@ -6,8 +6,8 @@ import torch
 from torch.fx import GraphModule
 
 from onnxprune.axes.analysis import Analysis, analyse
-from onnxprune.mirror import mirror
-from onnxprune.mirror.values import stored_values
+from onnxprune.mirroring import mirror
+from onnxprune.mirroring.values import stored_values
 from onnxprune.model.graph import Graph
 from onnxprune.model.infer import infer
 from onnxprune.rewrite.rewrite import rewrite

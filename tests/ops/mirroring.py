@@ -11,7 +11,7 @@ import onnxruntime as ort
 import torch
 from onnx import helper, numpy_helper
 
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 
 __all__ = ["agree", "arrays", "differentiable", "one_node", "run_mirror", "run_onnxruntime"]
 

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 from onnxprune.errors import NotMirrored
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from tests.ops.mirroring import agree, one_node
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onnxprune.errors import NotMirrored
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from tests.ops.mirroring import agree, one_node, run_mirror, run_onnxruntime
 
 RNG = np.random.default_rng(0)

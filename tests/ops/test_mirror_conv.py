@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onnxprune.errors import NotMirrored
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from tests.ops.mirroring import agree, differentiable, one_node
 
 RNG = np.random.default_rng(0)

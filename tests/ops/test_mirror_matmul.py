@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from tests.ops.mirroring import agree, differentiable, one_node, run_mirror, run_onnxruntime
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from onnxprune.mirror import mirror
+from onnxprune.mirroring import mirror
 from tests.ops.mirroring import agree, differentiable, one_node, run_mirror
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from onnxprune.mirror import mirror
-from onnxprune.mirror.values import stored_values
+from onnxprune.mirroring import mirror
+from onnxprune.mirroring.values import stored_values
 from tests.ops.mirroring import agree, one_node, run_mirror, run_onnxruntime
 
 RNG = np.random.default_rng(0)

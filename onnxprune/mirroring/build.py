@@ -2,7 +2,7 @@
 
 Node by node, in the graph's order:
 1. What is known without running the model and comes from no weight is a constant, and needs no node.
-2. What is computed from sizes becomes arithmetic on integers (`mirror.sizes`).
+2. What is computed from sizes becomes arithmetic on integers (`mirroring.sizes`).
 3. Everything else is recorded by its operator's mirror rule. Operators without one are collected and named together.
 Weights are parameters under their initializer's name; other stored tensors are buffers, where something reads them.
 """
@@ -24,11 +24,11 @@ from torch.fx import GraphModule, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from onnxprune.errors import NotMirrored
-from onnxprune.mirror.bodies import Source, inner_graph
-from onnxprune.mirror.context import Context, Unsupported
-from onnxprune.mirror.quantised import INTEGERS, Quantised
-from onnxprune.mirror.sizes import Size, computed, unwrapped
-from onnxprune.mirror.targets import Targets, identifier
+from onnxprune.mirroring.bodies import Source, inner_graph
+from onnxprune.mirroring.context import Context, Unsupported
+from onnxprune.mirroring.quantised import INTEGERS, Quantised
+from onnxprune.mirroring.sizes import Size, computed, unwrapped
+from onnxprune.mirroring.targets import Targets, identifier
 from onnxprune.model.graph import Graph, Node
 from onnxprune.model.weights import statistics, weights
 from onnxprune.ops.kernels import sizes as size_kernels

@@ -17,7 +17,7 @@ from onnxprune.model.graph import Graph, Model, names_used
 from onnxprune.model.infer import infer
 
 if TYPE_CHECKING:
-    from onnxprune.mirror.build import Builder
+    from onnxprune.mirroring.build import Builder
 
 __all__ = ["Source", "inner_graph"]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.mirror import mirror
-from onnxprune.mirror.build import Builder
-from onnxprune.mirror.fuse import fuse
-from onnxprune.mirror.rebn import channel_moments, rebn
+from onnxprune.mirroring import mirror
+from onnxprune.mirroring.build import Builder
+from onnxprune.mirroring.fuse import fuse
+from onnxprune.mirroring.rebn import channel_moments, rebn
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS
 

@@ -19,9 +19,9 @@ from onnxprune.verify.runs import session
 
 torch = pytest.importorskip("torch")
 
-from onnxprune.mirror import mirror  # noqa: E402
-from onnxprune.mirror.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn  # noqa: E402
-from onnxprune.mirror.values import stored_values  # noqa: E402
+from onnxprune.mirroring import mirror  # noqa: E402
+from onnxprune.mirroring.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn  # noqa: E402
+from onnxprune.mirroring.values import stored_values  # noqa: E402
 from onnxprune.train.shrink import shrink  # noqa: E402
 
 RNG = np.random.default_rng(0)

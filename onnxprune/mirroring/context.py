@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.fx import Proxy
 
-from onnxprune.mirror.quantised import Quantised
-from onnxprune.mirror.sizes import unwrapped
+from onnxprune.mirroring.quantised import Quantised
+from onnxprune.mirroring.sizes import unwrapped
 from onnxprune.model.graph import Node
 from onnxprune.ops.kernels import sizes as size_kernels
 
 if TYPE_CHECKING:
-    from onnxprune.mirror.build import Builder
+    from onnxprune.mirroring.build import Builder
 
 __all__ = ["Context", "Unsupported"]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from onnxprune.mirror.targets import Targets, identifier
+from onnxprune.mirroring.targets import Targets, identifier
 from onnxprune.ops.kernels.norm import batch_norm
 
 __all__ = ["Moments", "channel_moments", "fold", "freeze_statistics", "has_normalisation", "rebn"]

@@ -9,8 +9,8 @@ import onnx
 import torch
 from torch.fx import GraphModule
 
-from onnxprune.mirror.build import Builder
-from onnxprune.mirror.fuse import fuse
+from onnxprune.mirroring.build import Builder
+from onnxprune.mirroring.fuse import fuse
 from onnxprune.model.graph import Graph
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS
