@@ -14,21 +14,17 @@ from typing import Literal
 from onnx import TensorProto
 
 from onnxprune.model.graph import Graph, Node
+from onnxprune.ops.registry import Role
 
 __all__ = ["Kind", "OutputKind", "output_kinds"]
 
 Kind = Literal["logits", "probabilities", "sigmoid", "values", "discrete"]
 Axes = tuple[int, ...]
 
-# The operators that decide a kind, and those behind which it is still the same.
-_SOFTMAX = {"Softmax": False, "LogSoftmax": True, "com.microsoft::QLinearSoftmax": False}  # name: logarithms
-_SIGMOID = {"Sigmoid", "com.microsoft::QLinearSigmoid"}
-_PRODUCTS = {"Gemm", "MatMul", "MatMulInteger", "com.microsoft::FusedMatMul", "com.microsoft::FusedGemm"}
-_PRODUCTS |= {"com.microsoft::MatMulNBits", "com.microsoft::GemmFastGelu", "QLinearMatMul", "com.microsoft::QGemm"}
-_CONVOLUTIONS = {"Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "com.microsoft::FusedConv"}
-_REARRANGES = {"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}
-_REARRANGES |= {"QuantizeLinear", "DequantizeLinear"}
-_AFFINE = {"Add", "Sub", "Mul", "Div"}
+# Behind these an output is still what it was.
+_REARRANGING = frozenset({Role.REARRANGES, Role.TRANSPOSES})
+_AFFINE = frozenset({Role.AFFINE, Role.QUOTIENT})
+_SOFTMAX = frozenset({Role.SOFTMAX, Role.LOG_SOFTMAX})
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _EIGHT_BIT = {TensorProto.INT8, TensorProto.UINT8}
@@ -76,18 +72,23 @@ def output_kinds(graph: Graph) -> tuple[OutputKind, ...]:
 def _kind(graph: Graph, name: str) -> OutputKind:
     if _element_type(graph, name) not in _FLOATS:
         return OutputKind(name, "discrete")
-    path, node = _back(graph, name, _REARRANGES)
+    path, node = _back(graph, name, _REARRANGING)
     if node is not None and (softmax := _softmax_axes(graph, node)):
         axes = _forward(graph, softmax, path, name)
         if axes:
-            return OutputKind(name, "probabilities", axes, _SOFTMAX.get(node.op, False))
-    kind: Kind = "sigmoid" if node is not None and node.op in _SIGMOID else "values"
+            return OutputKind(name, "probabilities", axes, _role(graph, node) is Role.LOG_SOFTMAX)
+    kind: Kind = "sigmoid" if node is not None and _role(graph, node) is Role.SIGMOID else "values"
     shape = graph.shapes.get(name, ())
     if kind == "values" and len(shape) == 2 and (shape[1] or 0) >= 2:
-        _, node = _back(graph, name, _REARRANGES | _AFFINE)
-        if node is not None and node.op in _PRODUCTS:
+        _, node = _back(graph, name, _REARRANGING | _AFFINE)
+        if node is not None and _role(graph, node) is Role.PRODUCT:
             return OutputKind(name, "logits", (1,))
     return OutputKind(name, kind, _channels(graph, name))
+
+
+def _role(graph: Graph, node: Node) -> Role | None:
+    operator = graph.registry.get(node.op)
+    return None if operator is None else operator.role
 
 
 def _element_type(graph: Graph, name: str) -> int:
@@ -98,13 +99,13 @@ def _element_type(graph: Graph, name: str) -> int:
     return found or (declared.tensor_type.elem_type if declared is not None else TensorProto.UNDEFINED)
 
 
-def _back(graph: Graph, name: str, through: set[str]) -> tuple[list[tuple[str, Node, str]], Node | None]:
-    """Follow a tensor back through nodes called so. Gives the way, as (input, node, output) from the end, and the
+def _back(graph: Graph, name: str, through: frozenset[Role]) -> tuple[list[tuple[str, Node, str]], Node | None]:
+    """Follow a tensor back through nodes of these roles. Gives the way, as (input, node, output) from the end, and the
     first node that isn't one of them; None where the way ends at an input or a weight."""
     path: list[tuple[str, Node, str]] = []
-    while (node := graph.producers.get(name)) is not None and node.op in through:
+    while (node := graph.producers.get(name)) is not None and (role := _role(graph, node)) in through:
         source = _carrier(graph, node)
-        if source is None or (node.op in _AFFINE and not _beside(graph, node, source)):
+        if source is None or (role in _AFFINE and not _beside(graph, node, source)):
             break
         path.append((source, node, name))
         name = source
@@ -136,7 +137,7 @@ def _beside(graph: Graph, node: Node, source: str) -> bool:
 def _softmax_axes(graph: Graph, node: Node) -> Axes:
     """The axes of a Softmax (before opset 13 all from its axis on are one distribution); empty for another node."""
     rank = len(graph.shapes.get(node.outputs[0], ()))
-    if node.op not in _SOFTMAX:
+    if _role(graph, node) not in _SOFTMAX:
         return _spelled_softmax(graph, node)
     old = not node.op.startswith("com.") and node.opset < 13
     axis = int(node.attributes.get("axis", 1 if old else -1))
@@ -147,12 +148,13 @@ def _softmax_axes(graph: Graph, node: Node) -> Axes:
 
 def _spelled_softmax(graph: Graph, node: Node) -> Axes:
     """The axis of exp(x) / sum(exp(x)), as some exporters write a Softmax."""
-    if node.op != "Div" or not (exp := graph.producers.get(node.inputs[0])) or exp.op != "Exp":
+    exp = graph.producers.get(node.inputs[0]) if _role(graph, node) is Role.QUOTIENT else None
+    if exp is None or _role(graph, exp) is not Role.EXPONENTIAL:
         return ()
     total = graph.producers.get(node.inputs[1])
-    while total is not None and total.op in _REARRANGES | {"Expand"}:
+    while total is not None and _role(graph, total) in _REARRANGING | {Role.EXPANDS}:
         total = graph.producers.get(total.inputs[0])
-    if total is None or total.op != "ReduceSum" or total.inputs[0] != node.inputs[0]:
+    if total is None or _role(graph, total) is not Role.TOTAL or total.inputs[0] != node.inputs[0]:
         return ()
     given = total.attributes.get("axes")
     if given is None and len(total.inputs) > 1:
@@ -169,9 +171,10 @@ def _channels(graph: Graph, name: str) -> Axes:
         node = graph.producers.get(name)
         if node is None:
             return ()
-        if node.op in _PRODUCTS or node.op in _CONVOLUTIONS:
+        role = _role(graph, node)
+        if role in (Role.PRODUCT, Role.CONVOLUTION):
             rank = len(graph.shapes.get(name, ()))
-            first = (1,) if node.op in _CONVOLUTIONS else (rank - 1,)
+            first = (1,) if role is Role.CONVOLUTION else (rank - 1,)
             axes = _forward(graph, first, path, output, part=True) if rank > 1 else ()
             return axes if axes and 0 < axes[0] < len(graph.shapes.get(output, ())) else ()
         source = _carrier(graph, node)
@@ -191,12 +194,13 @@ def _forward(
         before, after = graph.shapes.get(source), graph.shapes.get(result)
         if not axes or before is None or after is None:
             return ()
-        if node.op == "Transpose":
+        role = _role(graph, node)
+        if role is Role.TRANSPOSES:
             order = list(node.attributes.get("perm", range(len(before))[::-1]))
             axes = tuple(sorted(order.index(a) for a in axes))
             if axes[-1] - axes[0] >= len(axes):
                 return ()
-        elif len(before) != len(after) or (node.op in _REARRANGES and before != after):
+        elif len(before) != len(after) or (role is Role.REARRANGES and before != after):
             axes = tuple(_regrouped(axes, before, after)) or (_inner(axes, before, after) if part else ())
     sizes = graph.shapes.get(output)
     wide = tuple(a for a in axes if not sizes or sizes[a] != 1)

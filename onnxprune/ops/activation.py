@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.ops.elementwise import elementwise_axes, evaluated, first_input_axes, first_shape, pointwise
 from onnxprune.ops.lazy import F, kernels, torch
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView
 from onnxprune.ops.unsigned import widened
 
@@ -151,7 +151,7 @@ def dropout_mirror(m: MirrorContext) -> Any:
 
 OPERATORS = (
     pointwise("Relu", lambda n, x: np.maximum(x, 0), lambda m: torch.relu(m.tensor(0)), carries=True),
-    pointwise("Sigmoid", lambda n, x: _sigmoid(x), lambda m: torch.sigmoid(m.tensor(0))),
+    pointwise("Sigmoid", lambda n, x: _sigmoid(x), lambda m: torch.sigmoid(m.tensor(0)), role=Role.SIGMOID),
     pointwise("Softplus", lambda n, x: _softplus(x), lambda m: F.softplus(m.tensor(0))),
     pointwise("Softsign", lambda n, x: x / (1 + np.abs(x)), lambda m: F.softsign(m.tensor(0))),
     pointwise("Mish", lambda n, x: x * np.tanh(_softplus(x)), lambda m: F.mish(m.tensor(0))),
@@ -199,7 +199,9 @@ OPERATORS = (
     Operator("SwiGLU", mirror=lambda m: swish(m.tensor(0), number(m, "alpha", 1.0)) * m.tensor(1)),
     pointwise("Gelu", _gelu, lambda m: gelu(m, m.tensor(0))),
     pointwise("Clip", _clip, clip_mirror, fixed=frozenset({1, 2}), carries=True),
-    pointwise("Dropout", lambda n, x, *_: x, dropout_mirror, dropout_axes, fixed=frozenset({1, 2})),
+    pointwise(
+        "Dropout", lambda n, x, *_: x, dropout_mirror, dropout_axes, fixed=frozenset({1, 2}), role=Role.REARRANGES
+    ),
     Operator(
         "PRelu",
         elementwise_axes,

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.quantised import centred, real, rounded, scaled
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
 
 __all__ = ["OPERATORS", "padding", "sides", "symmetric"]
@@ -300,7 +300,16 @@ def _zero_dead(node: NodeView, states: Sequence[float | None]) -> float | None:
 
 
 OPERATORS = (
-    Operator("Conv", conv_axes, conv_dead(0, 1, 2), conv_macs(1), patch_groups, bias=2, mirror=convolved),
+    Operator(
+        "Conv",
+        conv_axes,
+        conv_dead(0, 1, 2),
+        conv_macs(1),
+        patch_groups,
+        bias=2,
+        mirror=convolved,
+        role=Role.CONVOLUTION,
+    ),
     Operator(
         "ConvTranspose",
         conv_transpose_axes,
@@ -308,6 +317,7 @@ OPERATORS = (
         conv_transpose_macs,
         patch_groups,
         mirror=conv_transpose_mirror,
+        role=Role.CONVOLUTION,
     ),
     Operator(
         "ConvInteger",
@@ -319,6 +329,7 @@ OPERATORS = (
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
         mirror=conv_integer_mirror,
+        role=Role.CONVOLUTION,
     ),
     Operator(
         "QLinearConv",
@@ -331,6 +342,7 @@ OPERATORS = (
         quantised=((3, 5),),
         mirror=qlinear_conv_mirror,
         fixed=frozenset({1, 4, 6}),
+        role=Role.CONVOLUTION,
     ),
     Operator("DeformConv", deform_conv_axes, conv_dead(0, 1, 3), conv_macs(1), patch_groups, mirror=deform_conv_mirror),
     Operator(
@@ -341,5 +353,6 @@ OPERATORS = (
         patch_groups,
         shape=fused_shape,
         mirror=fused_conv_mirror,
+        role=Role.CONVOLUTION,
     ),
 )

@@ -15,7 +15,7 @@ import onnx
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import kernels, torch
-from onnxprune.ops.registry import Evaluate, Operator
+from onnxprune.ops.registry import Evaluate, Operator, Role
 from onnxprune.ops.rules import AxisContext, MirrorContext, MirrorRule, NodeView
 from onnxprune.ops.unsigned import widened
 
@@ -148,7 +148,6 @@ UNARY: dict[str, tuple[Callable[[Any], Any], str]] = {  # in numpy, and the name
     "Abs": (np.abs, "abs"),
     "Neg": (np.negative, "neg"),
     "Sqrt": (np.sqrt, "sqrt"),
-    "Exp": (np.exp, "exp"),
     "Log": (np.log, "log"),
     "Floor": (np.floor, "floor"),
     "Ceil": (np.ceil, "ceil"),
@@ -275,6 +274,7 @@ BOTH = frozenset({0, 1})
 
 OPERATORS = (
     *(_unary(name, f, function) for name, (f, function) in UNARY.items()),
+    pointwise("Exp", lambda n, x: np.exp(x), lambda m: torch.exp(m.tensor(0)), role=Role.EXPONENTIAL),
     pointwise("IsInf", lambda n, x: np.isinf(x), is_inf_mirror),
     Operator(
         "Identity",
@@ -285,6 +285,7 @@ OPERATORS = (
         broadcasts=True,
         mirror=lambda m: m.tensor(0),
         carries=True,
+        role=Role.REARRANGES,
     ),
     Operator(
         "Cast",
@@ -294,12 +295,13 @@ OPERATORS = (
         broadcasts=True,
         mirror=cast_mirror,
         carries=True,
+        role=Role.REARRANGES,
     ),
     Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast, mirror=cast_like_mirror),
     Operator("BitCast", mirror=bit_cast_mirror),
-    _binary("Add", np.add, arithmetic(operator.add)),
-    _binary("Sub", np.subtract, arithmetic(operator.sub)),
-    _binary("Mul", np.multiply, arithmetic(operator.mul), multiplied),
+    _binary("Add", np.add, arithmetic(operator.add), role=Role.AFFINE),
+    _binary("Sub", np.subtract, arithmetic(operator.sub), role=Role.AFFINE),
+    _binary("Mul", np.multiply, arithmetic(operator.mul), multiplied, role=Role.AFFINE),
     Operator(
         "Div",
         elementwise_axes,
@@ -308,6 +310,7 @@ OPERATORS = (
         broadcasts=True,
         keeps=frozenset({1}),
         mirror=widened(divide_mirror),
+        role=Role.QUOTIENT,
     ),
     _binary(
         "Pow",

@@ -11,7 +11,7 @@ from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels
 from onnxprune.ops.matmul import matmul, matmul_macs, product_dead, product_shape
 from onnxprune.ops.quantised import centred, real, rounded, scaled
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS"]
@@ -193,6 +193,7 @@ OPERATORS = (
         keeps=frozenset({2, 3}),
         quantised=((1, 3),),
         mirror=matmul_integer_mirror,
+        role=Role.PRODUCT,
     ),
     Operator(
         "QLinearMatMul",
@@ -204,6 +205,7 @@ OPERATORS = (
         quantised=((3, 5),),
         mirror=qlinear_matmul_mirror,
         fixed=frozenset({1, 4, 6}),
+        role=Role.PRODUCT,
     ),
     Operator(
         "com.microsoft::MatMulIntegerToFloat",
@@ -240,6 +242,7 @@ OPERATORS = (
         shape=lambda n, i: product_shape(n, [i[0], i[3]]),
         mirror=qgemm_mirror,
         fixed=frozenset({1, 4, 7}),
+        role=Role.PRODUCT,
     ),
     Operator(
         "com.microsoft::MatMulNBits",
@@ -252,5 +255,6 @@ OPERATORS = (
         shape=nbits_shape,
         mirror=nbits_mirror,
         fixed=frozenset({2, 3}),
+        role=Role.PRODUCT,
     ),
 )

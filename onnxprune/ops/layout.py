@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxprune.axes.expr import Expr, stretches
 from onnxprune.ops.lazy import F, kernels
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView, PatchContext
 
 __all__ = ["OPERATORS", "carried", "reshape"]
@@ -292,14 +292,48 @@ def space_to_depth_mirror(m: MirrorContext) -> Any:
 
 OPERATORS = (
     Operator(
-        "Reshape", reshape_axes, carried, patch=patch_target, evaluate=_reshaped, mirror=reshape_mirror, carries=True
+        "Reshape",
+        reshape_axes,
+        carried,
+        patch=patch_target,
+        evaluate=_reshaped,
+        mirror=reshape_mirror,
+        carries=True,
+        role=Role.REARRANGES,
     ),
-    Operator("Flatten", flatten_axes, carried, evaluate=_flattened, mirror=flatten_mirror, carries=True),
-    Operator("Transpose", transpose_axes, carried, evaluate=_transposed, mirror=transpose_mirror, carries=True),
-    Operator("Squeeze", squeeze_axes, carried, evaluate=_squeezed, mirror=squeeze_mirror, carries=True),
-    Operator("Unsqueeze", unsqueeze_axes, carried, evaluate=_unsqueezed, mirror=unsqueeze_mirror, carries=True),
     Operator(
-        "Expand", expand_axes, carried, patch=patch_expand, evaluate=_expanded, mirror=expand_mirror, carries=True
+        "Flatten", flatten_axes, carried, evaluate=_flattened, mirror=flatten_mirror, carries=True, role=Role.REARRANGES
+    ),
+    Operator(
+        "Transpose",
+        transpose_axes,
+        carried,
+        evaluate=_transposed,
+        mirror=transpose_mirror,
+        carries=True,
+        role=Role.TRANSPOSES,
+    ),
+    Operator(
+        "Squeeze", squeeze_axes, carried, evaluate=_squeezed, mirror=squeeze_mirror, carries=True, role=Role.REARRANGES
+    ),
+    Operator(
+        "Unsqueeze",
+        unsqueeze_axes,
+        carried,
+        evaluate=_unsqueezed,
+        mirror=unsqueeze_mirror,
+        carries=True,
+        role=Role.REARRANGES,
+    ),
+    Operator(
+        "Expand",
+        expand_axes,
+        carried,
+        patch=patch_expand,
+        evaluate=_expanded,
+        mirror=expand_mirror,
+        carries=True,
+        role=Role.EXPANDS,
     ),
     Operator(
         "Tile",

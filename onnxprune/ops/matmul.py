@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, torch
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, Term
 
 __all__ = ["OPERATORS", "matmul", "matmul_macs", "product_dead", "product_shape"]
@@ -200,8 +200,11 @@ OPERATORS = (
         evaluate=lambda n, a, b: np.matmul(a, b),
         bias=2,
         mirror=matmul_mirror,
+        role=Role.PRODUCT,
     ),
-    Operator("Gemm", gemm_axes, product_dead(0, 1, 2), matmul_macs(0, 1), bias=2, mirror=gemm_mirror),
+    Operator(
+        "Gemm", gemm_axes, product_dead(0, 1, 2), matmul_macs(0, 1), bias=2, mirror=gemm_mirror, role=Role.PRODUCT
+    ),
     Operator("Einsum", einsum_axes, einsum_dead, einsum_macs, mirror=einsum_mirror),
     Operator(
         "com.microsoft::FusedMatMul",
@@ -210,5 +213,6 @@ OPERATORS = (
         matmul_macs(0, 1),
         shape=product_shape,
         mirror=fused_matmul_mirror,
+        role=Role.PRODUCT,
     ),
 )

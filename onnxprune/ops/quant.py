@@ -14,7 +14,7 @@ from onnxprune.ops.elementwise import broadcast
 from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.pieces import joined_dead
 from onnxprune.ops.quantised import declared, real, rounded
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView
 
 __all__ = ["OPERATORS"]
@@ -195,6 +195,7 @@ OPERATORS = (
         keeps=frozenset({1, 2}),
         mirror=quantize_mirror,
         fixed=frozenset({1}),
+        role=Role.REARRANGES,
     ),
     Operator(
         "DequantizeLinear",
@@ -204,6 +205,7 @@ OPERATORS = (
         quantised=((0, 2),),
         mirror=dequantize_mirror,
         fixed=frozenset({1}),
+        role=Role.REARRANGES,
     ),
     Operator(
         "com.microsoft::QuantizeLinear",
@@ -258,10 +260,11 @@ OPERATORS = (
             keeps=frozenset({1, 2, 3, 4}),
             mirror=qlinear_unary_mirror(function),
             fixed=frozenset({1, 3}),
+            role=role,
         )
-        for name, dead, function in (
-            ("LeakyRelu", zero_stays, lambda m, x: F.leaky_relu(x, float(m.attr("alpha", 0.01)))),
-            ("Sigmoid", None, lambda m, x: torch.sigmoid(x)),
+        for name, dead, function, role in (
+            ("LeakyRelu", zero_stays, lambda m, x: F.leaky_relu(x, float(m.attr("alpha", 0.01))), None),
+            ("Sigmoid", None, lambda m, x: torch.sigmoid(x), Role.SIGMOID),
         )
     ),
     Operator(
@@ -292,5 +295,6 @@ OPERATORS = (
         keeps=frozenset({1, 2, 3, 4}),
         mirror=qlinear_unary_mirror(qlinear_softmax),
         fixed=frozenset({1, 3}),
+        role=Role.SOFTMAX,
     ),
 )

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxprune.ops.layout import listed_axes
 from onnxprune.ops.lazy import kernels, torch
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import (
     AxisContext,
     GiveUp,
@@ -170,18 +170,21 @@ def _reduction(
     dead: Any = zero_dead,
     patch: PatchRule | None = None,
     mask: MaskRule | None = None,
+    role: Role | None = None,
 ) -> Operator:
     """since: the opset from which the axes are an input; function: the reduction in the kernels."""
     evaluate = _reducer(f) if f else None
     mirror = widened(reduce_mirror(function, since))
-    return Operator(name, reduce_axes(kind, since), dead, patch=patch, mask=mask, evaluate=evaluate, mirror=mirror)
+    return Operator(
+        name, reduce_axes(kind, since), dead, patch=patch, mask=mask, evaluate=evaluate, mirror=mirror, role=role
+    )
 
 
 BIG = 3e4  # beyond what activations reach, and within what float16 holds
 
 
 OPERATORS = (
-    _reduction("ReduceSum", Kind.SUM, 13, "total", np.sum),
+    _reduction("ReduceSum", Kind.SUM, 13, "total", np.sum, role=Role.TOTAL),
     _reduction("ReduceMean", Kind.MEAN, 18, "mean", np.mean, same_dead, patch_mean(18), mask_mean),
     _reduction("ReduceMax", Kind.EXTREME, 18, "largest", np.max, same_dead, mask=mask_extreme(-BIG)),
     _reduction("ReduceMin", Kind.EXTREME, 18, "smallest", np.min, same_dead, mask=mask_extreme(BIG)),

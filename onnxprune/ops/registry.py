@@ -8,14 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from onnxprune.ops.rules import AxisRule, DeadRule, MacsRule, MaskRule, MirrorRule, PatchRule, ShapeRule
 
-__all__ = ["Operator", "Registry"]
+__all__ = ["Operator", "Registry", "Role"]
 
 Evaluate: TypeAlias = Callable[..., Any]
+
+
+class Role(Enum):
+    """What an operator does to the meaning of its data, for those who ask what a model's outputs are."""
+
+    PRODUCT = "a matrix product"
+    CONVOLUTION = "a convolution"
+    SOFTMAX = "probabilities"
+    LOG_SOFTMAX = "logarithms of probabilities"
+    SIGMOID = "a probability each"
+    REARRANGES = "the same numbers in the same order, in another form"
+    TRANSPOSES = "the same numbers, axes moved by `perm`"
+    EXPANDS = "the same numbers, repeated"
+    AFFINE = "arithmetic with weights or scales"
+    QUOTIENT = "arithmetic with weights or scales, or a share"
+    EXPONENTIAL = "an exponential"
+    TOTAL = "a sum over axes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +63,7 @@ class Operator:
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
     carries: it moves or compares values and computes none, so that integers may be carried through it as floats.
     mirror: the operator in torch, recorded into the mirror's graph. None: a model with it can't be trained.
+    role: what its output means, for `model.outputs`.
     fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
     running: of those, the statistics that training updates all the same, as it goes over the data.
     """
@@ -73,6 +92,7 @@ class Operator:
     mirror: MirrorRule | None = None
     fixed: frozenset[int] = frozenset()
     running: frozenset[int] = frozenset()
+    role: Role | None = None
 
 
 class Registry(Mapping[str, Operator]):

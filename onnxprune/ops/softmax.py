@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from onnxprune.ops.lazy import kernels, torch
-from onnxprune.ops.registry import Operator
+from onnxprune.ops.registry import Operator, Role
 from onnxprune.ops.rules import AxisContext, MirrorContext
 
 __all__ = ["OPERATORS"]
@@ -37,7 +37,7 @@ def along(function: Callable[[], Any]) -> Callable[[MirrorContext], Any]:
 
 
 OPERATORS = (
-    Operator("Softmax", softmax_axes, mirror=along(lambda: torch.softmax)),
-    Operator("LogSoftmax", softmax_axes, mirror=along(lambda: torch.log_softmax)),
+    Operator("Softmax", softmax_axes, mirror=along(lambda: torch.softmax), role=Role.SOFTMAX),
+    Operator("LogSoftmax", softmax_axes, mirror=along(lambda: torch.log_softmax), role=Role.LOG_SOFTMAX),
     Operator("Hardmax", softmax_axes, discrete=True, mirror=along(lambda: _run.hardmax)),
 )

@@ -44,7 +44,7 @@ def _exchange(model: Model, graph: onnx.GraphProto, path: Path, left: dict[Path,
         for name in node.output:
             if (array := left.pop((*path, name), None)) is None:
                 continue
-            if node.op_type == "Constant":
+            if not node.input:  # it holds its tensor itself
                 _set(model, _value(node), array)
             else:  # a ConstantOfShape: its values are no longer all the same
                 filled.append(k)

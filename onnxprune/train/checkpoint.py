@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,19 +28,17 @@ FORMAT = 1
 LOCK = "lock"
 
 
-class Store:
+class Store(Protocol):
     """Where a run's states are kept: in memory or in a run directory."""
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Keep a state: a tree of dicts, lists, tuples, tensors and plain values, with its 'step' at the top."""
-        raise NotImplementedError
 
     def load(self) -> dict[str, Any] | None:
         """The newest state that is whole, on the CPU; None where there is none."""
-        raise NotImplementedError
 
 
-class Memory(Store):
+class Memory:
     """The last state, in main memory."""
 
     def __init__(self) -> None:
@@ -53,7 +51,7 @@ class Memory(Store):
         return _copied(self._state)  # who takes it up may go on to write in it
 
 
-class RunDir(Store):
+class RunDir:
     """Checkpoints in a folder that one process at a time may hold.
 
     about: plain values that decide what the run gives; the run is continued under the same ones only.
