@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from onnxprune.mirroring.targets import Targets, identifier
 from onnxprune.ops.kernels.norm import batch_norm
 
-__all__ = ["Moments", "channel_moments", "fold", "freeze_statistics", "has_normalisation", "rebn"]
+__all__ = ["Moments", "channel_moments", "fold", "freeze_statistics", "has_normalisation", "inserted", "rebn"]
 
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 MOMENTUM, EPSILON = 0.1, 1e-5
@@ -75,6 +75,16 @@ def fold(mirror: GraphModule) -> None:
                 mirror.graph.erase_node(argument)
     mirror.delete_all_unused_submodules()
     mirror.recompile()
+
+
+def inserted(mirror: GraphModule) -> dict[str, tuple[str, str]]:
+    """Scale and bias of every BatchNormalization that `rebn` inserted, by the weight of its convolution: the targets
+    of all three. Where both are zero, `fold` gives a channel whose weight and bias are zero."""
+    found = {}
+    for node in mirror.graph.nodes:
+        if node.meta.get("rebn"):
+            found[str(node.args[0].args[1].target)] = (str(node.args[3].target), str(node.args[4].target))
+    return found
 
 
 def has_normalisation(mirror: GraphModule) -> bool:

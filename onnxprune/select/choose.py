@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from onnxprune.axes.analysis import Analysis, Group
@@ -13,7 +14,7 @@ from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
 from onnxprune.select.align import steps
 from onnxprune.select.allocate import Allocation, allocate
-from onnxprune.select.importance import Criterion, scores
+from onnxprune.select.importance import Criterion, Scores, scores
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
 
@@ -68,15 +69,19 @@ def choose(
     analysis: Analysis,
     target: Target,
     *,
-    importance: str | Criterion = "l2",
+    importance: str | Criterion | Scores = "l2",
     scope: str = "global",
     floor: float = 0.1,
     align: int = 1,
     allow_inexact: bool = False,
     seed: int = 0,
+    only: Collection[str] | None = None,
+    share: float = 1.0,
 ) -> Choice:
     """Rank the units and choose a plan that meets the target, in blocks of `align`.
 
+    importance: a criterion or its name, or scores per group id (`select.importance.normalised` to mean 1).
+    only: ids of the groups that may lose units; None: all. share: of the way to the target that is gone.
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
     Where whole blocks don't reach the target, the block is halved until it does; below 4 channels, which is slow,
     only where the target is missed by more than a tenth.
@@ -89,12 +94,13 @@ def choose(
     groups = candidates(analysis, allow_inexact=allow_inexact)
     cost = cost_of(target, analysis, groups)
     total = cost.total({})
-    goal = target.goal(total)
+    goal = total - share * (total - target.goal(total))
     if goal >= total:
         raise UsageError(
             f"target {target.text} asks for {goal:,.0f} {target.metric}, and the model has {total:,.0f}",
             "ask for less than there is",
         )
+    groups = [g for g in groups if only is None or g.id in only]
     ranked = scores(analysis, groups, importance, seed=seed)
     whole = removable(analysis) if floor == 0 else ()
     best: tuple[Allocation, int] | None = None

@@ -15,9 +15,10 @@ from onnxprune.axes.dead import CONSUMES, FOLLOWS
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, resolve
 from onnxprune.errors import UsageError
 
-__all__ = ["IMPORTANCE", "Criterion", "scores", "unit_of"]
+__all__ = ["IMPORTANCE", "Criterion", "Scores", "normalised", "scores", "unit_of"]
 
 Criterion = Callable[["Slices", np.random.Generator], np.ndarray]
+Scores = Mapping[str, np.ndarray]  # per group id, one number per unit
 
 
 def unit_of(expr: Expr, atom: Atom) -> np.ndarray:
@@ -124,9 +125,11 @@ IMPORTANCE: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "bn": bn, "random": r
 
 
 def scores(
-    analysis: Analysis, groups: list[Group], importance: str | Criterion, *, seed: int = 0
+    analysis: Analysis, groups: list[Group], importance: str | Criterion | Scores, *, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Per group id, the importance of every unit, with mean 1. Raises UsageError for an unknown criterion."""
+    if isinstance(importance, Mapping):
+        return {g.id: normalised(importance[g.id]) for g in groups}
     if callable(importance):
         criterion = importance
     elif importance in IMPORTANCE:
@@ -134,9 +137,11 @@ def scores(
     else:
         raise UsageError(f"importance '{importance}' is none of {', '.join(IMPORTANCE)}")
     rng = np.random.default_rng(seed)
-    found = {}
-    for group in groups:
-        raw = np.nan_to_num(np.asarray(criterion(Slices(analysis, group), rng), np.float64))
-        mean = raw.mean()
-        found[group.id] = raw / mean if mean > 0 else np.ones(group.size)
-    return found
+    return {g.id: normalised(criterion(Slices(analysis, g), rng)) for g in groups}
+
+
+def normalised(raw: np.ndarray) -> np.ndarray:
+    """A group's scores with mean 1; what is not finite counts as nothing."""
+    raw = np.nan_to_num(np.asarray(raw, np.float64))
+    mean = raw.mean()
+    return raw / mean if mean > 0 else np.ones(len(raw))

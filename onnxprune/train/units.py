@@ -1,0 +1,269 @@
+"""All zero-invariant groups of a network in one table: norms, inner products and scalings of every unit at once.
+
+A *part* says which unit each index of a tensor's axis belongs to. The table moves the tensors' storage into a few
+*banks*, in which what has the same form lies side by side, so that a reduction over all units' slices is one kernel
+per bank, whatever the number of units and of tensors:
+
+    tensors --bank--> rows (the slices of one tensor) --pairs--> units (rows of all tensors that live or die together)
+
+A row belongs to no unit (it is frozen), to one, or, where two axes of a tensor are free, to one of each family; units
+that share rows are no special case. Nothing here waits for the device, and every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from math import prod
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Part", "UnitTable"]
+
+
+class Part(NamedTuple):
+    """One axis of a tensor. units: per index of the axis, the unit of `family` that it belongs to, or -1."""
+
+    family: str
+    axis: int
+    units: np.ndarray
+
+
+Parts = Sequence[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a tensor lies in memory: its axes in the order of their strides, neighbours of one kind merged.
+
+    order: the permutation that makes it contiguous. sizes, free: per merged axis its length, and whether its indices
+    are rows (several free axes: one row per combination) or summed over.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+    free: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, axes: frozenset[int]) -> _Form:
+        strides = tensor.stride()
+        order = tuple(sorted(range(tensor.ndim), key=lambda k: (-strides[k], k)))
+        if not tensor.permute(order).is_contiguous():
+            order = tuple(range(tensor.ndim))
+        sizes, free = [], []
+        for inside, axes_of_kind in groupby(order, key=lambda k: k in axes):
+            sizes.append(prod(tensor.shape[k] for k in axes_of_kind))
+            free.append(inside)
+        return cls(order, tuple(sizes), tuple(free))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What has the same key goes into one bank. Rows in front of what is summed stack whatever their number."""
+        if self.free in ((True,), (True, False)):
+            return ("rows", *(self.sizes[1:] or (1,)))
+        return (self.sizes, self.free)
+
+
+class _Bank:
+    """Tensors of one form, as one tensor. shape: (all rows, length) or (tensors, *merged sizes); over: the axes that
+    are summed; broadcast: the shape of a number per row."""
+
+    def __init__(self, forms: Sequence[_Form], like: Tensor) -> None:
+        form = forms[0]
+        self.dtype = like.dtype
+        if form.free in ((True,), (True, False)):
+            self.shape: tuple[int, ...] = (sum(f.sizes[0] for f in forms), prod(form.sizes[1:]))
+            self.over: tuple[int, ...] = (1,)
+        else:
+            self.shape = (len(forms), *form.sizes)
+            self.over = tuple(k for k, free in enumerate(form.free, start=1) if not free)
+        self.broadcast = tuple(1 if k in self.over else n for k, n in enumerate(self.shape))
+        self.rows = prod(self.broadcast)
+
+    def dot(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products of the rows, (rows,)."""
+        if len(self.over) == 1:
+            return torch.linalg.vecdot(x, y, dim=self.over[0]).reshape(-1)
+        return ((x * y).sum(self.over) if self.over else x * y).reshape(-1)
+
+    def square(self, x: Tensor) -> Tensor:
+        """Squared norms of the rows, (rows,)."""
+        if not self.over or self.shape[1:] == (1,):
+            return x.square().reshape(-1)
+        return torch.linalg.vector_norm(x, dim=self.over).square().reshape(-1)
+
+
+class Storage(NamedTuple):
+    """Numbers laid out as the table's tensors are: banks, and a view per tensor, in the tensors' order and shapes."""
+
+    banks: list[Tensor]
+    views: list[Tensor]
+
+
+class UnitTable:
+    """The units of some tensors.
+
+    tensors: floating point, and dense; their storage is exchanged, their values stay. Move a module to its device and
+    memory format first. parts: per tensor, its free axes. sizes: units per family, where no part names the last ones.
+
+    Units are numbered through, family after family in the order in which they come up: `slices[family]` are a
+    family's. counts: numbers per unit. x: the tensors' values. "Per unit" is a tensor (units,) on the tensors' device.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], parts: Sequence[Sequence[Part]], *, sizes: Mapping[str, int] | None = None
+    ) -> None:
+        _check(tensors, parts)
+        chosen = [k for k, own in enumerate(parts) if any((p.units >= 0).any() for p in own)]
+        self.tensors = [tensors[k] for k in chosen]
+        self.parts = [tuple(parts[k]) for k in chosen]
+        self.slices = _numbered(self.parts, sizes or {})
+        self.units = max((s.stop for s in self.slices.values()), default=0)
+        self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        self._forms = [
+            _Form.of(t, frozenset(p.axis for p in own)) for t, own in zip(self.tensors, self.parts, strict=True)
+        ]
+        together: dict[tuple[object, ...], list[int]] = {}
+        for k, (tensor, form) in enumerate(zip(self.tensors, self._forms, strict=True)):
+            together.setdefault((tensor.dtype, *form.key), []).append(k)
+        self._members = list(together.values())
+        self._banks = [_Bank([self._forms[k] for k in ks], self.tensors[ks[0]].detach()) for ks in self._members]
+        self.rows = sum(bank.rows for bank in self._banks)
+        self._pair()
+        self.x = self.storage()
+        for tensor, view in zip(self.tensors, self.x.views, strict=True):
+            view.copy_(tensor.detach())
+            tensor.data = view
+        ones = [torch.ones(bank.shape, device=self.device) for bank in self._banks]
+        self.counts = self.dot(ones, ones)
+
+    # layout
+
+    def storage(self) -> Storage:
+        """Zeros, laid out as the tensors are."""
+        banks = [torch.zeros(bank.shape, dtype=bank.dtype, device=self.device) for bank in self._banks]
+        views: dict[int, Tensor] = {}
+        for ks, whole in zip(self._members, banks, strict=True):
+            pieces = whole.view(-1).split([self.tensors[k].numel() for k in ks])
+            for k, piece in zip(ks, pieces, strict=True):
+                order = self._forms[k].order
+                laid = piece.view([self.tensors[k].shape[a] for a in order])
+                views[k] = laid.permute([order.index(a) for a in range(len(order))])
+        return Storage(banks, [views[k] for k in range(len(views))])
+
+    def rebind(self) -> None:
+        """Take up tensors whose storage was exchanged since (`module.to`, `p.data = ...`) with the values they have."""
+        for tensor, view in zip(self.tensors, self.x.views, strict=True):
+            if tensor.data_ptr() != view.data_ptr():
+                view.copy_(tensor.detach())
+                tensor.data = view
+
+    def _pair(self) -> None:
+        """Which rows are which units'."""
+        rows: list[np.ndarray] = []
+        units: list[np.ndarray] = []
+        begin = 0
+        for k in (k for ks in self._members for k in ks):
+            order = [a for a in self._forms[k].order if a in {p.axis for p in self.parts[k]}]
+            shape = [self.tensors[k].shape[a] for a in order]
+            for part in self.parts[k]:
+                laid = [-1 if a == part.axis else 1 for a in order]
+                own = np.broadcast_to(part.units.reshape(laid), shape).reshape(-1)
+                rows.append(begin + np.flatnonzero(own >= 0))
+                units.append(own[own >= 0] + self.slices[part.family].start)
+            begin += prod(shape)
+        pairs = np.stack([np.concatenate([*r, np.zeros(0, np.int64)]) for r in (rows, units)])
+        pairs = np.unique(pairs, axis=1)
+        per_row = np.bincount(pairs[0], minlength=self.rows)
+        self.overlap = bool((per_row > 1).any())
+        self._pairs_per_row, self._unit_of_pair = self._index(per_row), self._index(pairs[1])
+        unit_of_row = np.full(self.rows, self.units)  # of a frozen row: the one behind the last
+        unit_of_row[pairs[0]] = pairs[1]
+        self._unit_of_row = self._index(unit_of_row)
+        by_unit = np.lexsort(pairs)
+        self._row_of_pair = self._index(pairs[0][by_unit])
+        self._pairs_per_unit = self._index(np.bincount(pairs[1], minlength=self.units))
+
+    def _index(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device)
+
+    # reductions
+
+    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        """Inner products of the units' slices in two storages' banks, per unit, in float32."""
+        return self.sums([bank.dot(x, y) for bank, x, y in zip(self._banks, a, b, strict=True)])
+
+    def square(self, a: Sequence[Tensor]) -> Tensor:
+        """Squared norms of the units' slices, per unit, in float32."""
+        return self.sums([bank.square(x) for bank, x in zip(self._banks, a, strict=True)])
+
+    def sums(self, rows: Sequence[Tensor]) -> Tensor:
+        """Sums over every unit's rows. rows: per bank, (its rows,)."""
+        values = torch.cat([r.float() for r in rows]) if rows else torch.zeros(0, device=self.device)
+        return torch.segment_reduce(values[self._row_of_pair], "sum", lengths=self._pairs_per_unit, unsafe=True)
+
+    # changes
+
+    def spread(self, per_unit: Tensor, *, combine: Literal["sum", "prod"]) -> list[Tensor]:
+        """A number per unit as one per row, in the shape that multiplies each bank. combine: what a row of several
+        units gets; a frozen row gets 0 from 'sum', 1 from 'prod'."""
+        if self.overlap:
+            rows = torch.segment_reduce(per_unit[self._unit_of_pair], combine, lengths=self._pairs_per_row, unsafe=True)
+        else:
+            neutral = per_unit.new_full((1,), 1.0 if combine == "prod" else 0.0)
+            rows = torch.cat([per_unit, neutral])[self._unit_of_row]
+        pieces = rows.split([bank.rows for bank in self._banks])
+        return [p.to(b.dtype).view(b.broadcast) for b, p in zip(self._banks, pieces, strict=True)]
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply every unit's slices by its factor; of rows of several units, by all of theirs."""
+        for x, f in zip(self.x.banks, self.spread(factor, combine="prod"), strict=True):
+            x.mul_(f)
+
+    def keep_(self, alive: Tensor) -> None:
+        """Set the slices of units that are not alive (bool, per unit) to zero, whatever they hold."""
+        for x, f in zip(self.x.banks, self.spread(alive.float(), combine="prod"), strict=True):
+            x.masked_fill_(f == 0, 0.0)
+
+    # families
+
+    def by_family(self, per_unit: Tensor) -> dict[str, np.ndarray]:
+        """A tensor per unit as arrays per family. Waits for the device."""
+        array = per_unit.detach().cpu().numpy()
+        return {family: array[where] for family, where in self.slices.items()}
+
+    def from_families(self, values: Mapping[str, np.ndarray], *, missing: float = 0.0) -> Tensor:
+        """Arrays per family as a float32 tensor per unit."""
+        found = np.full(self.units, missing, np.float32)
+        for family, array in values.items():
+            found[self.slices[family]] = array
+        return torch.from_numpy(found).to(self.device)
+
+    @property
+    def family_of(self) -> Tensor:
+        """Per unit, the number of its family."""
+        return self._index(np.repeat(np.arange(len(self.slices)), [s.stop - s.start for s in self.slices.values()]))
+
+
+def _check(tensors: Sequence[Tensor], parts: Sequence[Sequence[Part]]) -> None:
+    if len(tensors) != len(parts):
+        raise ValueError(f"{len(tensors)} tensors, and parts of {len(parts)}")
+    for tensor, own in zip(tensors, parts, strict=True):
+        for part in own:
+            if np.shape(part.units) != (tensor.shape[part.axis],):
+                raise ValueError(
+                    f"axis {part.axis} of a tensor {tuple(tensor.shape)} has {tensor.shape[part.axis]} indices, "
+                    f"its part in '{part.family}' is {np.shape(part.units)}"
+                )
+
+
+def _numbered(parts: Sequence[Sequence[Part]], sizes: Mapping[str, int]) -> dict[str, slice]:
+    count = dict(sizes)
+    for part in (p for own in parts for p in own):
+        count[part.family] = max(count.get(part.family, 0), int(part.units.max(initial=-1)) + 1)
+    ends = list(accumulate(count.values(), initial=0))
+    return {family: slice(a, b) for family, a, b in zip(count, ends, ends[1:], strict=False)}
