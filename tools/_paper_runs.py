@@ -1,4 +1,4 @@
-"""What the tools about methods share: a network trained, a network compressed, and rows that outlive an interruption."""
+"""What the tools about methods share: a network trained, one compressed, and rows that outlive an interruption."""
 
 from __future__ import annotations
 
