@@ -16,7 +16,8 @@ __all__ = ["Hooks", "Step"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step that is being taken. index: from 0. share: of the run that is done, 0 to 1. lr: the rate of this step."""
+    """A step that is being taken. index: from 0. share: of the run that is done, 0 to 1 (of its own span, where it is a
+    part of a training). lr: the rate of this step."""
 
     index: int
     epoch: int

@@ -24,6 +24,7 @@ from onnxprune.train.settings import TrainSettings
 __all__ = ["Board", "LogFile", "ProgressLine", "Reporter", "Row"]
 
 PROGRESS_EVERY_S = 0.5
+FAMILIES_EVERY, FAMILIES_EVERY_S = 10, 60.0  # logged rows; seconds
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,42 @@ class LogFile:
             csv.writer(line, lineterminator="\n").writerow("" if plain[c] is None else plain[c] for c in self.COLUMNS)
             self._file.write(line.getvalue())
         else:
-            self._file.write(json.dumps({k: v for k, v in plain.items() if v is not None}) + "\n")
+            self.line(plain)
         self._file.flush()
+
+    def line(self, values: Mapping[str, Any]) -> None:
+        """Values as a line of JSON; what is not known or no number is left out."""
+        known = {k: v for k, v in values.items() if v is not None and not (isinstance(v, float) and v != v)}
+        self._file.write(json.dumps(known) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class FamilyLog:
+    """What a method in training tells of every family of units, as JSONL beside the log file: a row per family at the
+    first logged row, then at every tenth or after a while, and when the run is over (asking waits for the device).
+
+    states: gives the families' states, each with a `row()` of plain values. step: as `LogFile` has it.
+    """
+
+    def __init__(self, log_file: Path, states: Callable[[], Sequence[Any]], *, step: int = 0) -> None:
+        self._file = LogFile(Path(log_file).with_suffix(".families.jsonl"), step=step)
+        self._states = states
+        self._rows, self._asked = 0, -float("inf")
+
+    def __call__(self, row: Row) -> None:
+        now = time.monotonic()
+        if self._rows % FAMILIES_EVERY == 0 or now - self._asked >= FAMILIES_EVERY_S:
+            self.write(row.step, row.loss)
+            self._asked = now
+        self._rows += 1
+
+    def write(self, step: int, loss: float | None) -> None:
+        """Write the present states. loss: of the task, as the log has it."""
+        for state in self._states():
+            self._file.line({"step": step, "loss": loss, **state.row()})
 
     def close(self) -> None:
         self._file.close()
@@ -174,9 +209,13 @@ class Reporter:
         seconds: float,
     ) -> None:
         self._progress, self._hooks, self._every = progress, hooks, settings.log_every
-        self._sinks: list[LogFile | Board] = []
+        self._sinks: list[LogFile | FamilyLog | Board] = []
+        self._families: FamilyLog | None = None
         if settings.log_file is not None:
             self._sinks.append(LogFile(settings.log_file, step=step))
+            if hasattr(hooks, "families"):
+                self._families = FamilyLog(settings.log_file, hooks.families, step=step)
+                self._sinks.append(self._families)
         if settings.tensorboard is not None:
             self._sinks.append(Board(settings.tensorboard))
         self._begun = (share, seconds)
@@ -187,6 +226,7 @@ class Reporter:
         self._samples = 0
         self._shown = -float("inf")
         self._filed: list[float] = []
+        self._last: float | None = None  # loss
         self._live: list[float] = []
 
     def stepped(
@@ -204,6 +244,7 @@ class Reporter:
         """A step is over, `share` of the run is done, and the losses of some steps have arrived."""
         if self._sinks:
             self._filed.extend(losses)
+        self._last = losses[-1] if losses else self._last
         if self._progress is not None:
             self._live.extend(losses)
         self._samples += samples
@@ -244,6 +285,11 @@ class Reporter:
             return max(0.0, self._budget - seconds)
         done = share - self._begun[0]
         return (seconds - self._begun[1]) / done * max(0.0, 1 - share) if done > 0 else None
+
+    def finished(self, step: int) -> None:
+        """The run is over, and the weights that it ends with are in place."""
+        if self._families is not None:
+            self._families.write(step, self._last)
 
     def close(self) -> None:
         for sink in self._sinks:

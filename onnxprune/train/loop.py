@@ -23,6 +23,7 @@ from onnxprune.train.distributed import Team, joined, synchronised
 from onnxprune.train.hooks import Hooks
 from onnxprune.train.log import Row
 from onnxprune.train.run import Run, TrainResult
+from onnxprune.train.schedule import Position
 from onnxprune.train.settings import TrainSettings
 from onnxprune.train.signals import noted
 from onnxprune.train.step import Stepper
@@ -41,6 +42,7 @@ def train(
     teacher: nn.Module | None = None,
     run_dir: Path | None = None,
     resume: bool = False,
+    start: Position | None = None,
     identity: Mapping[str, Any] | None = None,
     hooks: Hooks | None = None,
     progress: Callable[[Row], None] | None = None,
@@ -57,6 +59,8 @@ def train(
     run_dir: where checkpoints go; without one the last state is kept in memory, to go back to. resume: continue what
         stands there (from the beginning, where that is nothing). identity: plain values that tell this run from
         others (the model, the data, the loss): it is continued under the same ones only.
+    start: where the run before this one ended, of a training that is parted into several (`settings.span`); steps,
+        epochs and seconds are counted on.
     progress: gets a `Row` a few times a second. should_stop: asked after every step. notify: is told warnings.
 
     Raises DataError for what goes wrong in the data, after a checkpoint; Diverged where the loss is lost at a quarter
@@ -92,13 +96,16 @@ def train(
             store=store,
             should_stop=should_stop or (lambda: False),
             notify=notify,
+            start=start,
         )
         stack.callback(run.close)
         run.begin(resume=resume and run_dir is not None)
-        if team.first:
+        if team.first and not run.over:
             run.report = stack.enter_context(contextlib.closing(run.reporter(progress)))
         run.go()
         stepper.finish()
+        if run.report is not None:
+            run.report.finished(run.step)
         return run.result()
 
 

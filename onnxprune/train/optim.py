@@ -15,7 +15,7 @@ __all__ = ["Average", "make_optimizer", "set_rate"]
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> Optimizer:
-    """SGD with momentum or AdamW, without weight decay for parameters of less than two dimensions."""
+    """SGD with momentum, Adam or AdamW, without weight decay for parameters of less than two dimensions."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for p in parameters:
@@ -26,6 +26,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) 
     how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, **how)
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.lr, **how)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, **how)
 
 

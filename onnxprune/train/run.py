@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from onnxprune.train.feed import Feed, HostBatch, Interrupted, host_generators
 from onnxprune.train.guard import Guard
 from onnxprune.train.hooks import Step
 from onnxprune.train.log import Reporter, Row
-from onnxprune.train.schedule import Horizon, rate
+from onnxprune.train.schedule import Horizon, Position, rate
 from onnxprune.train.settings import TrainSettings
 from onnxprune.train.signals import Stop
 from onnxprune.train.step import Stepper
@@ -46,11 +46,11 @@ POSITION = ("step", "epoch", "index", "epoch_steps", "seconds", "backoffs", "sto
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run went. steps, epochs: that were trained, over all its parts. seconds: likewise.
+    """How a run went. steps, epochs: that were trained since the training began. seconds: likewise.
 
     first_loss, last_loss: of the first step, and the mean of the last 20. samples_per_s: of this part.
     backoffs: how often it went back and halved the rate. resumed_from: the step it was continued at.
-    stopped: `should_stop` ended it before its time.
+    stopped: `should_stop` ended it before its time. position: where it ended.
     """
 
     steps: int
@@ -62,6 +62,7 @@ class TrainResult:
     backoffs: int
     resumed_from: int | None
     stopped: bool
+    position: Position = field(default_factory=Position)
 
 
 class Run:
@@ -79,6 +80,7 @@ class Run:
         store: Store | None,
         should_stop: Callable[[], bool],
         notify: Callable[[str], None],
+        start: Position | None = None,
     ) -> None:
         self.source, self.should_stop = source, should_stop
         self.stepper, self.settings, self.device, self.team = stepper, settings, device, team
@@ -100,14 +102,19 @@ class Run:
         self.guard = Guard(factor=factor, patience=settings.patience, tolerated=tolerated)
         self.report: Reporter | None = None
         self.pending = LossReader(device)
-        self.step = self.epoch = self.index = self.epoch_steps = self.backoffs = 0
+        start = start or Position()
+        self.step, self.epoch, self.index, self.epoch_steps = start.step, start.epoch, start.index, start.epoch_steps
+        self.horizon.steps_per_epoch = start.steps_per_epoch or self.horizon.steps_per_epoch
+        if start.drop_last is not None:
+            self.feed.drop_last = start.drop_last
+        self.backoffs = 0
         self.stopped = False
         self._ended = False  # the epoch's last batch has been given
         self.resumed_from: int | None = None
         self.first_loss: float | None = None
         self.last_losses: deque[float] = deque(maxlen=20)
-        self.seconds = 0.0  # of training so far, as all processes know it
-        self._seconds_before, self._began = 0.0, time.monotonic()
+        self.seconds = start.seconds  # of training so far, as all processes know it
+        self._seconds_before, self._began = start.seconds, time.monotonic()
         self._saved_step: int | None = None
         self._save_at = 0.0
         self._generators: Mapping[str, Any] | None = None  # to go on with after a restart
@@ -135,9 +142,9 @@ class Run:
     def go(self) -> None:
         """Take steps until the end. See `train` for what is raised."""
         while True:
-            if self._over():
+            if self.over:
                 self._settle(everything=True)
-                if not self._over():
+                if not self.over:
                     continue  # it went back
                 if self._saved_step != self.step:
                     self._save()
@@ -147,16 +154,20 @@ class Run:
                 self._take(*collected)
                 self._settle()
 
-    def _over(self) -> bool:
-        return self.stopped or self.horizon.over(step=self.step, epoch=self.epoch, seconds=self.seconds)
+    @property
+    def over(self) -> bool:
+        """Whether it has come to its end."""
+        return self.stopped or self.horizon.over(
+            step=self.step, epoch=self.epoch, index=self.epoch_steps, seconds=self.seconds
+        )
 
     def _share(self) -> float:
         return self.horizon.share(step=self.step, epoch=self.epoch, index=self.epoch_steps, seconds=self.seconds)
 
     def _take(self, batches: Sequence[HostBatch], total: int, parts: int) -> None:
-        share = self._share()
-        factor = rate(share, warmup=self.settings.warmup, schedule=self.settings.schedule) * 0.5**self.backoffs
-        step = Step(self.step, self.epoch, share, self.settings.lr * factor, self.stepper.optimizer)
+        share, how = self._share(), self.settings
+        factor = rate(share, warmup=how.warmup, schedule=how.schedule, milestones=how.milestones) * 0.5**self.backoffs
+        step = Step(self.step, self.epoch, self.horizon.within(share), how.lr * factor, self.stepper.optimizer)
         self._last.extend((self.epoch, self.index + i, batch) for i, batch in enumerate(batches))
         self.pending.put(self.stepper.take(batches, step, total=total, parts=parts, factor=factor))
         self.step += 1
@@ -451,6 +462,15 @@ class Run:
             backoffs=self.backoffs,
             resumed_from=self.resumed_from,
             stopped=self.stopped,
+            position=Position(
+                self.step,
+                self.epoch,
+                self.index,
+                self.epoch_steps,
+                self.seconds,
+                self.horizon.steps_per_epoch,
+                self.feed.drop_last,
+            ),
         )
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,9 @@ class TrainSettings:
     """How to train. Exactly one of steps, epochs and time_budget_s says for how long.
 
     batch: samples per step, over all processes and all `accumulate` parts that a step is computed in.
-    warmup: share of the run over which the rate rises from 0. schedule: how it falls to 0 afterwards (or stays).
+    warmup: share of the training over which the rate rises from 0. schedule: how it falls to 0 afterwards (or stays);
+        'steps' divides it by 10 at each of `milestones`, which are shares of the training.
+    span: the part of the training that a run is; the others are runs of their own, under the same settings.
     weight_decay: not applied to parameters of one dimension or none (biases, scales).
     clip: bound of the gradients' common 2-norm. ema: decay of an average of the weights, which the run then ends with.
     amp: arithmetic of the forward pass; 'auto' is bf16 where the device computes it natively.
@@ -39,14 +42,16 @@ class TrainSettings:
     steps: int | None = None
     epochs: int | None = None
     time_budget_s: float | None = None
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 1e-4
     batch: int = 32
     accumulate: int = 1
     warmup: float = 0.05
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "steps"] = "cosine"
+    milestones: tuple[float, ...] = (0.25, 0.5, 0.75)
+    span: tuple[float, float] = (0.0, 1.0)
     clip: float | None = None
     ema: float | None = None
     amp: Literal["auto", "bf16", "fp16", "none"] = "auto"
@@ -93,8 +98,12 @@ class TrainSettings:
             raise UsageError(f"divergence must be above 1, found {self.divergence:g}")
         if self.accumulate > self.batch:
             raise UsageError(f"a batch of {self.batch} can't be computed in {self.accumulate} parts")
-        _one_of("optimizer", self.optimizer, "sgd", "adamw")
-        _one_of("schedule", self.schedule, "cosine", "linear", "constant")
+        if not all(a < b for a, b in pairwise((0.0, *self.milestones, 1.0))):
+            raise UsageError(f"milestones must rise between 0 and 1, found {', '.join(map(str, self.milestones))}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise UsageError(f"a run must be a part of the training, found {self.span[0]:g} to {self.span[1]:g} of it")
+        _one_of("optimizer", self.optimizer, "sgd", "adam", "adamw")
+        _one_of("schedule", self.schedule, "cosine", "linear", "constant", "steps")
         _one_of("amp", self.amp, "auto", "bf16", "fp16", "none")
         if self.log_file is not None:
             _one_of("the log file's suffix", Path(self.log_file).suffix, ".csv", ".jsonl")

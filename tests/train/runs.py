@@ -120,7 +120,7 @@ def run(
     *, model: nn.Module | None = None, source: Any = None, criterion: Any = None, **more: Any
 ) -> tuple[nn.Module, TrainResult]:
     """Train a network; what is not settings goes to `train`."""
-    others = {"run_dir", "resume", "teacher", "hooks", "progress", "should_stop", "notify", "identity"}
+    others = {"run_dir", "resume", "teacher", "hooks", "progress", "should_stop", "notify", "identity", "start"}
     arguments = {k: v for k, v in more.items() if k in others}
     chosen = settings(**{k: v for k, v in more.items() if k not in others})
     student = model if model is not None else convnet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import signal
@@ -241,6 +242,33 @@ class _Counting(Hooks):
         self.seen.append(step.index)
 
 
+@pytest.mark.parametrize("length", [{"steps": 12}, {"epochs": 3}])
+def test_a_training_in_two_parts_is_as_long_as_one_and_meets_the_same_data_and_rates(
+    tmp_path: Path, length: dict[str, int]
+) -> None:
+    """The optimizer starts anew, so the weights are others."""
+    _, whole = run(log_file=tmp_path / "whole.jsonl", log_every=1, **length)
+    student, parts, seen = convnet(), [], []
+    source = ArraySource(40)
+    source.before_batch = lambda epoch, number: seen.append((epoch, number))
+    start = None
+    for span in ((0.0, 0.6), (0.6, 1.0)):
+        how = {"span": span, "start": start, "log_file": tmp_path / "parts.jsonl", "log_every": 1}
+        _, result = run(model=student, source=source, **how, **length)
+        parts.append(result)
+        start = result.position
+    assert [r.steps for r in parts] == [round(0.6 * whole.steps), whole.steps]
+    assert parts[1].epochs == whole.epochs and parts[1].seconds > parts[0].seconds
+    kept = [[(r["step"], r["epoch"], r["lr"]) for r in rows(tmp_path / f"{n}.jsonl")] for n in ("whole", "parts")]
+    assert kept[0] == kept[1]
+    assert sorted(set(seen)) == [(e, k) for e in range(3) for k in range(5)][: len(set(seen))]
+    assert len(set(seen)) >= whole.steps
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorboard") is None:
         with pytest.raises(UsageError, match="tensorboard is not installed"):
@@ -259,7 +287,9 @@ def test_tensorboard_is_used_where_it_is_installed(tmp_path: Path) -> None:
         ({"lr": math.nan}, "lr must be above 0"),
         ({"warmup": 1.0}, "warmup must be within"),
         ({"accumulate": 9}, "can't be computed in 9 parts"),
-        ({"optimizer": "adam"}, "sgd, adamw"),
+        ({"optimizer": "lion"}, "sgd, adam, adamw"),
+        ({"milestones": (0.5, 0.25)}, "milestones must rise"),
+        ({"span": (0.5, 0.5)}, "a part of the training"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu"}, "tpu"),
         ({"device": "cuda"}, "CUDA"),
