@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +28,10 @@ Row = dict[str, Any]
 def trained(
     module: nn.Module, source: Any, loss: str, settings: TrainSettings, *, run_dir: Path | None = None
 ) -> tuple[nn.Module, float]:
-    """The module trained on a source of one input and one target, and the seconds it took."""
+    """The module trained on a source of one input and one target, and the seconds it took.
+
+    run_dir: for checkpoints; what stands there is gone on with, and removed at the end.
+    """
     criterion = LOSSES[loss]
 
     def of_batch(outputs: Mapping[str, Tensor], *, teacher: object, targets: Mapping[str, Tensor]) -> Tensor:
@@ -45,7 +48,13 @@ def trained(
         run_dir=run_dir,
         resume=run_dir is not None,
     )
+    _forget(run_dir)
     return module.eval(), result.seconds
+
+
+def _forget(run_dir: Path | None) -> None:
+    if run_dir is not None:
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +68,38 @@ class Arm:
 
 
 def compressed(
-    arm: Arm, original: Path, written: Path, source: Any, loss: str, settings: TrainSettings, *, seed: int = 0
+    arm: Arm,
+    original: Path,
+    written: Path,
+    source: Any,
+    loss: str,
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    run_dir: Path | None = None,
 ) -> Row:
     """Compress a model and tell what is left of it: shares of MACs and parameters, seconds, steps.
 
-    source: what is trained on. The metric is the caller's to take, of the written file.
+    source: what is trained on. run_dir: for checkpoints; what stands there is gone on with, and removed at the end. The
+    metric is the caller's to take, of the written file.
     """
     start = time.perf_counter()
+    more = {} if arm.method == "oneshot" else {"method": arm.method, "method_options": dict(arm.method_options)}
     result = onnxprune.compress(
         original,
         written,
         target=arm.target,
-        method=arm.method,
-        method_options=dict(arm.method_options),
         data=source,
         train=settings,
         recipe=onnxprune.Recipe(loss=loss),
         seed=seed,
         force=True,
+        run_dir=run_dir,
+        resume=run_dir is not None,
+        **more,
         **arm.options,
     )
+    _forget(run_dir)
     assert result.after is not None and result.training is not None
     return {
         "macs": result.after.macs / result.before.macs,
@@ -125,8 +146,3 @@ class Rows:
 
 def _plain(key: Row) -> Any:
     return json.loads(json.dumps(key))
-
-
-def with_threads(count: int) -> None:
-    """How many threads torch computes with."""
-    torch.set_num_threads(count)
