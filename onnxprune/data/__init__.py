@@ -6,9 +6,20 @@ and shards. Training, calibration and evaluation in onnxruntime read the same so
 
 from __future__ import annotations
 
+from onnxprune.data.calibration import CalibrationReader
 from onnxprune.data.hooks import load_callable
 from onnxprune.data.preprocess import Preprocess
 from onnxprune.data.signature import Port, Signature, signature_of
 from onnxprune.data.source import Batch, Source, open_data
 
-__all__ = ["Batch", "Port", "Preprocess", "Signature", "Source", "load_callable", "open_data", "signature_of"]
+__all__ = [
+    "Batch",
+    "CalibrationReader",
+    "Port",
+    "Preprocess",
+    "Signature",
+    "Source",
+    "load_callable",
+    "open_data",
+    "signature_of",
+]

@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxprune.data.arrays import Scratch
 from onnxprune.data.batching import Batch, IndexedSource, Source, StreamSource
+from onnxprune.data.calibration import CalibrationReader
 from onnxprune.data.files import array_files, mapping_records, open_arrays, open_test_sets, test_sets
 from onnxprune.data.fit import Fit, as_array
 from onnxprune.data.hooks import closest, hook_error, load_callable, quoted
@@ -48,10 +49,12 @@ def open_data(
     of one input; a folder of those, of `test_data_set_*/input_N.pb`, or of images, where subfolders are classes and
     give the target `label`), 'file.py:name' or 'package.module:name' of a function, or in Python any of: a function,
     a dict of arrays, an array, a sequence of samples, an iterable or DataLoader of dicts, (inputs, target) pairs or
-    bare arrays, or an object with `get_next()`.
+    bare arrays, or an object with `get_next()`; of a CalibrationReader, its source.
     cache: folder for copies of compressed arrays and of what can be read only once; a temporary one if None.
     Raises DataError for data that does not fit, UsageError for a `preprocess` that makes no sense.
     """
+    if isinstance(spec, CalibrationReader):
+        spec = spec.source
     if isinstance(spec, Source):
         return spec
     if not signature.inputs:
