@@ -8,7 +8,7 @@ consumes it is dropped with it and is no part of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,15 @@ from onnxprune.mirroring.rebn import inserted
 from onnxprune.select.importance import unit_of
 from onnxprune.train.units import Part
 
-__all__ = ["params_and_groups", "trainable_groups"]
+__all__ = ["Grouping", "params_and_groups", "trainable_groups"]
+
+
+class Grouping(NamedTuple):
+    """A weight whose products run group by group, as in a grouped convolution. groups: how many, along axis 0.
+    rows: the axis of a group's outputs, 0 (shared with the groups), or 1 in a transposed convolution."""
+
+    groups: int
+    rows: int
 
 
 def params_and_groups(
@@ -35,16 +43,19 @@ def params_and_groups(
 
     mirror: of the analysed graph, on its device. Of each group, "params" are the tensors and "parts", as long, says
     per tensor which of its axes are made of units (`units.Part`; families are named by the ids of the analysis'
-    groups). What produces a unit and is not learnt (a stored table, say) comes in a group of its own: it has no
-    gradient, and vanishes with the unit. weight_decay: of parameters with two axes or more.
+    groups), and "grouping" whether it is a grouped convolution's weight. What produces a unit and is not learnt (a
+    stored table, say) comes in a group of its own: it has no gradient, and vanishes with the unit. weight_decay: of
+    parameters with two axes or more.
     allow_inexact: also groups whose removal changes the function.
     """
-    tensors = _tensors(mirror)
+    tensors, groupings = _tensors(mirror), _groupings(mirror, analysis)
     parts: dict[str, dict[tuple[str, int], Part]] = {}
     for group in trainable_groups(mirror, analysis, allow_inexact=allow_inexact):
         for target, axis, units in _producing(mirror, analysis, group):
             parts.setdefault(target, {})[group.id, axis] = Part(group.id, axis, units)
-    groups: list[dict[str, Any]] = [{"params": [], "parts": [], "weight_decay": w} for w in (weight_decay, 0.0, 0.0)]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "parts": [], "grouping": [], "weight_decay": w} for w in (weight_decay, 0.0, 0.0)
+    ]
     for target, tensor in tensors.items():
         own = tuple(parts.get(target, {}).values())
         learnt = isinstance(tensor, nn.Parameter) and tensor.requires_grad
@@ -52,6 +63,7 @@ def params_and_groups(
             chosen = groups[(0 if tensor.ndim > 1 else 1) if learnt else 2]
             chosen["params"].append(tensor)
             chosen["parts"].append(own)
+            chosen["grouping"].append(groupings.get(target))
     return [g for g in groups if g["params"]]
 
 
@@ -83,6 +95,21 @@ def _producing(mirror: GraphModule, analysis: Analysis, group: Group) -> Iterabl
             if member.axis == 0:
                 for behind in normalised.get(target, ()):
                     yield behind, 0, units
+
+
+def _groupings(mirror: GraphModule, analysis: Analysis) -> dict[str, Grouping]:
+    """By target, the weights of grouped convolutions."""
+    tensors, targets = _tensors(mirror), _targets(mirror)
+    found = {}
+    for (n, i), axes in analysis.uses.items():
+        groups = analysis.noted.get(n, {}).get("groups")
+        if groups is None or groups.size == 1 or i < 0 or len(axes) < 2:
+            continue
+        summed = [axis for c in analysis.contractions.get(n, ()) for operand, axis in c.operands if operand == i]
+        for target in targets.get(analysis.graph.nodes[n].inputs[i], ()):
+            if target in tensors:
+                found[target] = Grouping(groups.size, 1 if 0 in summed else 0)
+    return found
 
 
 def _tensors(mirror: GraphModule) -> dict[str, Tensor]:
