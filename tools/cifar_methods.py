@@ -22,6 +22,7 @@ interruption or with more methods, goes on. The defaults take about a minute per
 from __future__ import annotations
 
 import argparse
+import ast
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,18 +211,15 @@ def _line(name: str, wanted: str, rows: Sequence[Row], bases: Sequence[Row]) -> 
 
 
 def _sets(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """'dhspg:lmbda=0.001' as {'dhspg': {'lmbda': 0.001}}."""
+    """['dhspg:epsilon=0.9'] as {'dhspg': {'epsilon': 0.9}}."""
     found: dict[str, dict[str, Any]] = {}
     for text in texts:
-        method, _, (name, _, value) = *text.partition(":")[:2], text.partition(":")[2].partition("=")
+        method, _, setting = text.partition(":")
+        name, _, value = setting.partition("=")
         try:
-            number: Any = int(value)
-        except ValueError:
-            try:
-                number = float(value)
-            except ValueError:
-                number = value
-        found.setdefault(method, {})[name] = number
+            found.setdefault(method, {})[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[method][name] = value
     return found
 
 
