@@ -59,13 +59,15 @@ class Verification:
 
 @dataclass(frozen=True)
 class LatencyStats:
-    """Milliseconds per run of one model."""
+    """Milliseconds per run of one model. disturbed: how many of the runs don't count, since other programs took the
+    processor in between."""
 
     min_ms: float
     median_ms: float
     p90_ms: float
     runs: int
     nchwc_kernels: int = 0
+    disturbed: int = 0
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ def _stats(stats: LatencyStats) -> Document:
         "p90_ms": stats.p90_ms,
         "runs": stats.runs,
         "nchwc_kernels": kernels,
+        "disturbed": stats.disturbed,
     }
 
 

@@ -254,8 +254,10 @@ def _target_line(result: Result) -> str:
 def _latency_line(latency: Latency) -> str:
     """How the table's row came about."""
     kernels = f"NCHWc kernels {_kernels(latency.before)} -> {_kernels(latency.after)}"
+    disturbed = max(latency.before.disturbed, latency.after.disturbed)
+    left_out = f", {disturbed} disturbed ones left out" if disturbed else ""
     return (
-        f"latency: {_speedup(latency)} (min / median / p90 of {latency.before.runs} runs in turns, "
+        f"latency: {_speedup(latency)} (min / median / p90 of {latency.before.runs} runs in turns{left_out}, "
         f"graph optimisation '{latency.optimisation}', {kernels})"
     )
 

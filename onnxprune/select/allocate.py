@@ -11,20 +11,39 @@ residual CNN in models/ keeps 68 % accuracy at 90 % of the MACs this way, agains
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from onnxprune.axes.analysis import Group
 from onnxprune.axes.expr import Atom
-from onnxprune.model.profile import Cost
 
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "Budget", "allocate"]
 
 SLACK = 1e-9
 TINY = 1e-9
 BYPASS = 0.05  # what a residual stream carries past a branch, relative to the branch: it may go as a whole
+
+
+class Budget(Protocol):
+    """What is to become less: a constant, and terms that depend on how many units atoms keep. See `profile.Cost`."""
+
+    @property
+    def constant(self) -> float: ...
+
+    @property
+    def terms(self) -> Sequence[object]: ...
+
+    def total(self, counts: Mapping[Atom, int]) -> float:
+        """The whole at these sizes; atoms that are not named are whole."""
+
+    def term(self, k: int, counts: Mapping[Atom, int]) -> float:
+        """One term of it."""
+
+    def by_atom(self) -> Mapping[Atom, Sequence[int]]:
+        """The terms that each atom is in."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ class _State:
     """Unit counts of all groups, and the cost that they add up to."""
 
     def __init__(
-        self, groups: list[Group], cost: Cost, step: Mapping[str, int], floor: float, whole: Collection[Atom]
+        self, groups: list[Group], cost: Budget, step: Mapping[str, int], floor: float, whole: Collection[Atom]
     ) -> None:
         self.groups = {g.id: g for g in groups}
         self.cost = cost
@@ -84,7 +103,7 @@ def lowest(size: int, step: int, floor: float) -> int:
 def allocate(
     groups: list[Group],
     scores: Mapping[str, np.ndarray],
-    cost: Cost,
+    cost: Budget,
     goal: float,
     step: Mapping[str, int],
     *,

@@ -13,7 +13,7 @@ from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError
 from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
 from onnxprune.select.align import steps
-from onnxprune.select.allocate import Allocation, allocate
+from onnxprune.select.allocate import Allocation, Budget, allocate
 from onnxprune.select.importance import Criterion, Scores, scores
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
@@ -77,11 +77,15 @@ def choose(
     seed: int = 0,
     only: Collection[str] | None = None,
     share: float = 1.0,
+    cost: Budget | None = None,
+    halve: bool = True,
 ) -> Choice:
     """Rank the units and choose a plan that meets the target, in blocks of `align`.
 
     importance: a criterion or its name, or scores per group id (`select.importance.normalised` to mean 1).
     only: ids of the groups that may lose units; None: all. share: of the way to the target that is gone.
+    cost: what the target's metric counts; None: one that the graph alone tells. halve: whether blocks are halved where
+        whole ones could reach the target but stay above it.
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
     Where whole blocks don't reach the target, the block is halved until it does; below 4 channels, which is slow,
     only where the target is missed by more than a tenth.
@@ -92,7 +96,8 @@ def choose(
     if not 0 <= floor < 1:
         raise UsageError(f"floor {floor} is outside 0 to 1")
     groups = candidates(analysis, allow_inexact=allow_inexact)
-    cost = cost_of(target, analysis, groups)
+    if cost is None:
+        cost = cost_of(target, analysis, groups)
     total = cost.total({})
     goal = total - share * (total - target.goal(total))
     if goal >= total:
@@ -120,7 +125,8 @@ def choose(
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
         close = found.remaining <= goal * (1 + ROUGHLY) and found.least <= goal and found.keep
-        if met(found, goal) or block == 1 or (block <= SLOW_BELOW and close):
+        enough = (block <= SLOW_BELOW and close) or (not halve and found.least <= goal)
+        if met(found, goal) or block == 1 or enough:
             break
         block //= 2
     if best is None:

@@ -3,6 +3,9 @@
 Fewer multiply-accumulates are not less time, so time is measured; and since a machine's clock and neighbours drift, the
 models take turns (a, b, a, b, ...), so that drift meets all of them alike. A difference only counts where the spreads
 don't overlap.
+
+What other programs take of the processor is no latency of a model. With one thread, time is that which the processor
+spent on it; and runs that the system interrupted for others don't count, as long as enough are left.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,10 +29,15 @@ from onnxprune.model.load import load, open_model
 from onnxprune.result import Latency, LatencyStats
 from onnxprune.verify.inputs import Feed, draw, size_candidates
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["OPTIMISATION", "Bench", "bench", "compare", "measure"]
+__all__ = ["OPTIMISATION", "Bench", "bench", "compare", "measure", "open_session", "run_options", "sample"]
 
 ModelLike = str | os.PathLike[str] | bytes
 
@@ -95,8 +103,10 @@ def bench(
     opened = [_open(model, threads=threads, optimisation=optimisation) for model in models]
     sessions = [session for session, _ in opened]
     feeds = _feeds(models, sessions, shapes or {}, seed)
-    times = _in_turns(sessions, feeds, warmup=warmup, runs=runs, seconds=seconds)
-    rows = tuple(_stats(t, kernels) for t, (_, kernels) in zip(times, opened, strict=True))
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    taken = _in_turns(sessions, feeds, warmup=warmup, runs=runs, seconds=seconds, clock=clock)
+    times = _undisturbed(taken)
+    rows = tuple(_stats(t, kernels, len(whole)) for t, whole, (_, kernels) in zip(times, taken, opened, strict=True))
     significant = tuple(_apart(times[0], t) for t in times)
     return Bench(rows, significant, threads, optimisation, f"onnxruntime {onnxruntime.__version__} CPU")
 
@@ -165,21 +175,22 @@ def _open(model: ModelLike, *, threads: int, optimisation: str) -> tuple[ort.Inf
     if not isinstance(model, bytes):
         open_model(model)  # says what is wrong with a file more plainly than onnxruntime does
     if optimisation != "all":  # the levels below don't change layouts
-        return _session(model, _options(threads, optimisation)), 0
+        return open_session(model, run_options(threads, optimisation)), 0
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         written = Path(folder, "optimised.onnx")
-        options = _options(threads, optimisation)
+        options = run_options(threads, optimisation)
         options.optimized_model_filepath = str(written)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
-            session = _session(model, options)
+            session = open_session(model, options)
             return session, _count(onnx.load(written, load_external_data=False).graph.node)
         except (ModelRejected, OSError):  # a full disk, or a graph that can't be written: do without the count
-            return _session(model, _options(threads, optimisation)), UNKNOWN
+            return open_session(model, run_options(threads, optimisation)), UNKNOWN
 
 
-def _options(threads: int, optimisation: str) -> ort.SessionOptions:
+def run_options(threads: int, optimisation: str) -> ort.SessionOptions:
+    """How sessions are opened whose time is taken."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -192,7 +203,8 @@ def _options(threads: int, optimisation: str) -> ort.SessionOptions:
     return options
 
 
-def _session(model: ModelLike, options: ort.SessionOptions) -> ort.InferenceSession:
+def open_session(model: ModelLike, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session on the CPU. Raises ModelRejected with onnxruntime's reason."""
     import onnxruntime
 
     source = model if isinstance(model, bytes) else os.fspath(model)
@@ -225,7 +237,7 @@ def _feeds(
     for model, session in zip(models, sessions, strict=True):
         signature = tuple((i.name, i.type, tuple(i.shape)) for i in session.get_inputs())
         if signature not in known:
-            known[signature] = _first_that_runs(model, session, shapes, seed)
+            known[signature] = sample(model, session, shapes, seed)
         found.append(known[signature])
     return found
 
@@ -240,9 +252,7 @@ def _check_shapes(sessions: Sequence[ort.InferenceSession], shapes: Mapping[str,
             raise UsageError(f"input '{name}' has {ranks[name]} dimensions, not {len(shape)}")
 
 
-def _first_that_runs(
-    model: ModelLike, session: ort.InferenceSession, shapes: Mapping[str, Sequence[int]], seed: int
-) -> Feed:
+def sample(model: ModelLike, session: ort.InferenceSession, shapes: Mapping[str, Sequence[int]], seed: int) -> Feed:
     """Random inputs of the likeliest sizes that the model accepts, one sample where the batch is free."""
     graph = load(onnx.ModelProto.FromString(model) if isinstance(model, bytes) else model)
     reason = "it has no inputs that can be made up"
@@ -257,6 +267,17 @@ def _first_that_runs(
     raise ModelRejected(f"onnxruntime can't run {_label(model)}: {reason}", "give sizes that fit with --input-shapes")
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Milliseconds of every run of a model, and how often the system interrupted it for somebody else."""
+
+    milliseconds: np.ndarray
+    interruptions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.milliseconds)
+
+
 def _in_turns(
     sessions: Sequence[ort.InferenceSession],
     feeds: Sequence[Feed],
@@ -264,30 +285,46 @@ def _in_turns(
     warmup: int,
     runs: int | None,
     seconds: float,
-) -> list[np.ndarray]:
-    """Milliseconds of every run, per model."""
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> list[Taken]:
+    """Every run, per model."""
     times: list[list[float]] = [[] for _ in sessions]
+    stops: list[list[int]] = [[] for _ in sessions]
     for _ in range(warmup):
         for session, feed in zip(sessions, feeds, strict=True):
             session.run(None, feed)
     end = time.perf_counter() + seconds * len(sessions)
     rounds = 0
     while rounds < runs if runs is not None else _go_on(rounds, end):
-        for session, feed, taken in zip(sessions, feeds, times, strict=True):
-            start = time.perf_counter_ns()
+        for session, feed, taken, stopped in zip(sessions, feeds, times, stops, strict=True):
+            before = _interruptions()
+            start = clock()
             session.run(None, feed)
-            taken.append((time.perf_counter_ns() - start) / 1e6)
+            taken.append((clock() - start) / 1e6)
+            stopped.append(_interruptions() - before)
         rounds += 1
-    return [np.asarray(t) for t in times]
+    return [Taken(np.asarray(t), np.asarray(s)) for t, s in zip(times, stops, strict=True)]
+
+
+def _interruptions() -> int:
+    """How often this process had to leave the processor to another, so far; 0 where the system does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
+
+
+def _undisturbed(taken: Sequence[Taken]) -> list[np.ndarray]:
+    """Milliseconds of the runs that were interrupted least: of all models as seldom, and enough of each."""
+    enough = min(LEAST_ROUNDS, *(len(t) for t in taken))
+    most = max(int(np.sort(t.interruptions)[enough - 1]) for t in taken)
+    return [t.milliseconds[t.interruptions <= most] for t in taken]
 
 
 def _go_on(rounds: int, end: float) -> bool:
     return rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.perf_counter() < end)
 
 
-def _stats(times: np.ndarray, kernels: int) -> LatencyStats:
+def _stats(times: np.ndarray, kernels: int, runs: int) -> LatencyStats:
     median, p90 = np.percentile(times, (50, 90))
-    return LatencyStats(float(times.min()), float(median), float(p90), len(times), kernels)
+    return LatencyStats(float(times.min()), float(median), float(p90), runs, kernels, runs - len(times))
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> bool:
