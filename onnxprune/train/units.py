@@ -85,16 +85,25 @@ class _Bank:
         self.rows = prod(self.broadcast)
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inner products of the rows, (rows,)."""
+        """Inner products of the rows, (rows,), in float32 at least."""
+        x, y = _wide(x), _wide(y)
         if len(self.over) == 1:
             return torch.linalg.vecdot(x, y, dim=self.over[0]).reshape(-1)
         return ((x * y).sum(self.over) if self.over else x * y).reshape(-1)
 
     def square(self, x: Tensor) -> Tensor:
-        """Squared norms of the rows, (rows,)."""
+        """Squared norms of the rows, (rows,), in float32 at least."""
         if not self.over or self.shape[1:] == (1,):
-            return x.square().reshape(-1)
-        return torch.linalg.vector_norm(x, dim=self.over).square().reshape(-1)
+            return _wide(x).square().reshape(-1)
+        return torch.linalg.vector_norm(x, dim=self.over, dtype=_accumulated(x.dtype)).square().reshape(-1)
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_accumulated(x.dtype))
 
 
 class Storage(NamedTuple):
@@ -111,7 +120,8 @@ class UnitTable:
     memory format first. parts: per tensor, its free axes. sizes: units per family, where no part names the last ones.
 
     Units are numbered through, family after family in the order in which they come up: `slices[family]` are a
-    family's. counts: numbers per unit. x: the tensors' values. "Per unit" is a tensor (units,) on the tensors' device.
+    family's. counts: numbers per unit. x: the tensors' values. "Per unit" is a tensor (units,) on the tensors' device,
+    of `dtype`: float32, or float64 where a tensor is.
     """
 
     def __init__(
@@ -124,6 +134,9 @@ class UnitTable:
         self.slices = _numbered(self.parts, sizes or {})
         self.units = max((s.stop for s in self.slices.values()), default=0)
         self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        self.dtype = torch.float32
+        for tensor in self.tensors:
+            self.dtype = torch.promote_types(self.dtype, tensor.dtype)
         self._forms = [
             _Form.of(t, frozenset(p.axis for p in own)) for t, own in zip(self.tensors, self.parts, strict=True)
         ]
@@ -138,8 +151,11 @@ class UnitTable:
         for tensor, view in zip(self.tensors, self.x.views, strict=True):
             view.copy_(tensor.detach())
             tensor.data = view
-        ones = [torch.ones(bank.shape, device=self.device) for bank in self._banks]
-        self.counts = self.dot(ones, ones)
+        lengths = [prod(bank.shape[k] for k in bank.over) for bank in self._banks]
+        per_row = [
+            torch.full((b.rows,), float(n), device=self.device) for b, n in zip(self._banks, lengths, strict=True)
+        ]
+        self.counts = self.sums(per_row)
 
     # layout
 
@@ -166,16 +182,18 @@ class UnitTable:
         """Which rows are which units'."""
         rows: list[np.ndarray] = []
         units: list[np.ndarray] = []
-        begin = 0
+        tensor_of_row: list[int] = []
         for k in (k for ks in self._members for k in ks):
             order = [a for a in self._forms[k].order if a in {p.axis for p in self.parts[k]}]
             shape = [self.tensors[k].shape[a] for a in order]
+            begin = len(tensor_of_row)
+            tensor_of_row += [k] * prod(shape)
             for part in self.parts[k]:
                 laid = [-1 if a == part.axis else 1 for a in order]
                 own = np.broadcast_to(part.units.reshape(laid), shape).reshape(-1)
                 rows.append(begin + np.flatnonzero(own >= 0))
                 units.append(own[own >= 0] + self.slices[part.family].start)
-            begin += prod(shape)
+        self._tensor_of_row = self._index(np.array(tensor_of_row))
         pairs = np.stack([np.concatenate([*r, np.zeros(0, np.int64)]) for r in (rows, units)])
         pairs = np.unique(pairs, axis=1)
         per_row = np.bincount(pairs[0], minlength=self.rows)
@@ -193,31 +211,43 @@ class UnitTable:
 
     # reductions
 
-    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """Inner products of the units' slices in two storages' banks, per unit, in float32."""
-        return self.sums([bank.dot(x, y) for bank, x, y in zip(self._banks, a, b, strict=True)])
+    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor], *, weights: Tensor | None = None) -> Tensor:
+        """Inner products of the units' slices in two storages' banks, per unit. weights: per row (`rows_of`)."""
+        return self.sums([bank.dot(x, y) for bank, x, y in zip(self._banks, a, b, strict=True)], weights=weights)
 
-    def square(self, a: Sequence[Tensor]) -> Tensor:
-        """Squared norms of the units' slices, per unit, in float32."""
-        return self.sums([bank.square(x) for bank, x in zip(self._banks, a, strict=True)])
+    def square(self, a: Sequence[Tensor], *, weights: Tensor | None = None) -> Tensor:
+        """Squared norms of the units' slices, per unit. weights: per row, of the squares."""
+        return self.sums([bank.square(x) for bank, x in zip(self._banks, a, strict=True)], weights=weights)
 
-    def sums(self, rows: Sequence[Tensor]) -> Tensor:
-        """Sums over every unit's rows. rows: per bank, (its rows,)."""
-        values = torch.cat([r.float() for r in rows]) if rows else torch.zeros(0, device=self.device)
+    def sums(self, rows: Sequence[Tensor], *, weights: Tensor | None = None) -> Tensor:
+        """Sums over every unit's rows, per unit. rows: per bank, (its rows,). weights: per row of all banks."""
+        values = torch.cat([r.to(self.dtype) for r in rows]) if rows else torch.zeros(0, device=self.device)
+        if weights is not None:
+            values = values * weights
         return torch.segment_reduce(values[self._row_of_pair], "sum", lengths=self._pairs_per_unit, unsafe=True)
 
     # changes
 
-    def spread(self, per_unit: Tensor, *, combine: Literal["sum", "prod"]) -> list[Tensor]:
-        """A number per unit as one per row, in the shape that multiplies each bank. combine: what a row of several
-        units gets; a frozen row gets 0 from 'sum', 1 from 'prod'."""
-        if self.overlap:
-            rows = torch.segment_reduce(per_unit[self._unit_of_pair], combine, lengths=self._pairs_per_row, unsafe=True)
-        else:
-            neutral = per_unit.new_full((1,), 1.0 if combine == "prod" else 0.0)
-            rows = torch.cat([per_unit, neutral])[self._unit_of_row]
+    def rows_of(self, per_tensor: Tensor) -> Tensor:
+        """A number per tensor as one per row of all banks."""
+        return per_tensor.to(self.device, self.dtype)[self._tensor_of_row]
+
+    def by_bank(self, rows: Tensor) -> list[Tensor]:
+        """Numbers per row of all banks, in the shape that multiplies each bank, and in its dtype."""
         pieces = rows.split([bank.rows for bank in self._banks])
         return [p.to(b.dtype).view(b.broadcast) for b, p in zip(self._banks, pieces, strict=True)]
+
+    def spread_rows(self, per_unit: Tensor, *, combine: Literal["sum", "prod"]) -> Tensor:
+        """A number per unit as one per row of all banks. combine: what a row of several units gets; a frozen row gets 0
+        from 'sum', 1 from 'prod'."""
+        if self.overlap:
+            return torch.segment_reduce(per_unit[self._unit_of_pair], combine, lengths=self._pairs_per_row, unsafe=True)
+        neutral = per_unit.new_full((1,), 1.0 if combine == "prod" else 0.0)
+        return torch.cat([per_unit, neutral])[self._unit_of_row]
+
+    def spread(self, per_unit: Tensor, *, combine: Literal["sum", "prod"]) -> list[Tensor]:
+        """The same, in the shape that multiplies each bank."""
+        return self.by_bank(self.spread_rows(per_unit, combine=combine))
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply every unit's slices by its factor; of rows of several units, by all of theirs."""

@@ -1,0 +1,87 @@
+"""DHSPG and HESSO in a training run: their schedules are shares of the run, whatever it is measured in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from onnxprune.axes.analysis import Analysis
+from onnxprune.errors import UsageError
+from onnxprune.train.hooks import Step
+from onnxprune.train.saliency import SALIENCY
+from onnxprune.train.selection import Selection
+from onnxprune.train.settings import TrainSettings
+from onnxprune.train.sparsify import Sparsifier
+from onnxprune.train.unit_optimizer import UnitOptimizer
+
+__all__ = ["ScheduleOptions", "UnitTraining"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """start, stop: of the run, from where and until when redundant units go to zero. window: share of it before a
+    choice that the statistics are taken over; one step at least. saliency: what units are chosen by, of `saliency.SALIENCY`.
+    Raises UsageError where a value makes no sense."""
+
+    start: float
+    stop: float
+    saliency: str
+    window: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= 1:
+            raise UsageError(
+                f"start {self.start:g} and stop {self.stop:g} are no part of a run",
+                "they are shares of it, start below stop",
+            )
+        if not 0 <= self.window <= 1:
+            raise UsageError(f"window must be within 0 and 1, found {self.window:g}")
+        if self.saliency not in SALIENCY:
+            raise UsageError(f"saliency '{self.saliency}' is none of {', '.join(SALIENCY)}")
+
+
+class UnitTraining(Sparsifier):
+    """Base of the two. share: the part of a whole training that this phase takes by default."""
+
+    name: ClassVar[str]
+    options: ClassVar[type[ScheduleOptions]]
+    share: ClassVar[float]
+
+    def __init__(self, analysis: Analysis, selection: Selection, options: Any = None) -> None:
+        super().__init__(analysis, selection)
+        self.chosen: Any = options if options is not None else self.options()  # type: ignore[call-arg]
+        self.optimized: UnitOptimizer
+
+    def build(self, groups: list[dict[str, Any]], how: dict[str, Any]) -> UnitOptimizer:
+        """The optimizer. how: the arguments that both have."""
+        raise NotImplementedError
+
+    def make_optimizer(self, groups: list[dict[str, Any]], settings: TrainSettings) -> Optimizer:
+        how: dict[str, Any] = {"lr": settings.lr, "variant": settings.optimizer, "target": self.selection}
+        if settings.optimizer == "sgd":
+            how["momentum"] = settings.momentum
+        how |= {"start": self.chosen.start, "stop": self.chosen.stop, "window": self.chosen.window}
+        self.optimized = self.build(groups, how | {"criterion": self.chosen.saliency, "by_family": True})
+        self.table = self.optimized.table
+        self.redundant, self.dead = self.optimized.redundant, self.optimized.dead
+        return self.optimized
+
+    def on_step_begin(self, step: Step) -> None:
+        self.optimized.tell(step.share)
+
+    def on_finish(self, student: nn.Module) -> None:
+        self.optimized.finish()
+        self.removed = {f: gone.astype(bool) for f, gone in self.table.by_family(self.dead).items()}
+
+    def angles(self) -> Mapping[str, Tensor]:
+        return {"cosine": self.optimized.cosine}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # the optimizer's has it all
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
