@@ -6,6 +6,10 @@ as long as the model stays at or above the goal; where no block fits any more, t
 Importance lost is relative to what its group has left, log(before / after): the more a group has given, the dearer is
 its next block. Summed absolutely, one costly layer would be stripped to its floor before another gives anything (the
 residual CNN in models/ keeps 68 % accuracy at 90 % of the MACs this way, against 44 %).
+
+Where losses were measured instead, their lower convex hulls are what a group's blocks cost. Taking the cheapest block
+per cost saved, again and again, is then the minimum of loss + price * cost for every price on the way (a Lagrangian),
+as far as one group's savings don't depend on the others'.
 """
 
 from __future__ import annotations
@@ -111,19 +115,22 @@ def allocate(
     floor: float = 0.1,
     overshoot: bool = True,
     whole: Collection[Atom] = (),
+    losses: Mapping[str, np.ndarray] | None = None,
 ) -> Allocation:
     """Choose what to keep. scope: 'global' ranks all groups together, 'local' takes the same share of each first.
 
+    losses: per group id what is lost with 0, 1, ... units; by default -log of the share of the importance that stays.
     whole: atoms that may lose all of their units.
     overshoot: where every block is larger than the gap, take the smallest rather than do nothing in silence.
     """
     state = _State(groups, cost, step, floor, whole)
     order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
-    sums = {gid: np.concatenate([[0.0], np.cumsum(scores[gid][o])]) for gid, o in order.items()}
+    lost = {gid: _lost(scores[gid][o], bypass=state.lowest[gid] == 0) for gid, o in order.items()}
+    lost |= {gid: convex_hull(loss) for gid, loss in (losses or {}).items() if gid in lost}
     least = _least(state)
     if scope == "local":
         _same_share(state, goal)
-    _greedy(state, sums, goal)
+    _greedy(state, lost, goal)
     if overshoot and state.total >= cost.total({}) * (1 - SLACK):
         _smallest_step(state)
     keep = {}
@@ -132,6 +139,26 @@ def allocate(
         if n < g.size:
             keep[g.id] = np.sort(order[g.id][g.size - n :])
     return Allocation(keep, state.total, least)
+
+
+def _lost(ascending: np.ndarray, *, bypass: bool) -> np.ndarray:
+    """-log of what stays when the first 0, 1, ... units go."""
+    total = float(ascending.sum())
+    left = total - np.concatenate([[0.0], np.cumsum(ascending)])
+    return -np.log(left + (total * BYPASS if bypass else TINY))
+
+
+def convex_hull(losses: np.ndarray) -> np.ndarray:
+    """The largest convex sequence that nowhere lies above `losses`."""
+    corners: list[int] = []
+    for k, value in enumerate(losses):
+        while len(corners) > 1:
+            i, j = corners[-2:]
+            if (losses[j] - losses[i]) * (k - i) < (value - losses[i]) * (j - i):
+                break
+            corners.pop()
+        corners.append(k)
+    return np.interp(np.arange(len(losses)), corners, losses[corners])
 
 
 def _least(state: _State) -> float:
@@ -158,15 +185,13 @@ def _shared(state: _State, group: Group, share: float) -> int:
     return min(group.size, max(state.lowest[group.id], -(-int(np.ceil(share * group.size)) // step) * step))
 
 
-def _greedy(state: _State, sums: Mapping[str, np.ndarray], goal: float) -> None:
+def _greedy(state: _State, losses: Mapping[str, np.ndarray], goal: float) -> None:
     def price(gid: str) -> tuple[float, float, int] | None:
         after = state.next_count(gid)
         if after is None:
             return None
         group = state.groups[gid]
-        left = sums[gid][-1] - sums[gid]
-        bypass = sums[gid][-1] * BYPASS if state.lowest[gid] == 0 else TINY
-        lost = np.log((left[group.size - state.counts[group.atom]] + bypass) / (left[group.size - after] + bypass))
+        lost = losses[gid][group.size - after] - losses[gid][group.size - state.counts[group.atom]]
         saved = state.saving(gid, after)
         return (float(lost) / saved, saved, after) if saved > 0 else None
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from onnxprune.axes.analysis import Analysis, Group
 from onnxprune.axes.dead import INEXACT
@@ -17,6 +20,9 @@ from onnxprune.select.allocate import Allocation, Budget, allocate
 from onnxprune.select.importance import Criterion, Scores, scores
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
+
+if TYPE_CHECKING:
+    from onnxprune.calibrate.calibration import Calibration
 
 __all__ = ["Choice", "candidates", "choose"]
 
@@ -79,10 +85,14 @@ def choose(
     share: float = 1.0,
     cost: Budget | None = None,
     halve: bool = True,
+    calibration: Calibration | None = None,
+    losses: Mapping[str, np.ndarray] | None = None,
 ) -> Choice:
     """Rank the units and choose a plan that meets the target, in blocks of `align`.
 
     importance: a criterion or its name, or scores per group id (`select.importance.normalised` to mean 1).
+    calibration: for criteria that are taken on data. losses: per group id, what the model is expected to lose when 0,
+        1, ... of its units are gone, as `sensitivity` measures it; None: it is guessed from the importance.
     only: ids of the groups that may lose units; None: all. share: of the way to the target that is gone.
     cost: what the target's metric counts; None: one that the graph alone tells. halve: whether blocks are halved where
         whole ones could reach the target but stay above it.
@@ -106,7 +116,7 @@ def choose(
             "ask for less than there is",
         )
     groups = [g for g in groups if only is None or g.id in only]
-    ranked = scores(analysis, groups, importance, seed=seed)
+    ranked = scores(analysis, groups, importance, seed=seed, calibration=calibration)
     whole = removable(analysis) if floor == 0 else ()
     best: tuple[Allocation, int] | None = None
     block = align
@@ -121,6 +131,7 @@ def choose(
             floor=floor,
             overshoot=block == 1,
             whole=whole,
+            losses=losses,
         )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)

@@ -2,11 +2,14 @@
 
 A criterion sees one group at a time, as the slices of its parameters; its scores are divided by their mean in the
 group, so that layers of different scale share one ranking. Parameters are read one after another and let go.
+
+Criteria that want to know how the units are used on data ask `Slices.calibration` for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +18,11 @@ from onnxprune.axes.dead import CONSUMES, FOLLOWS
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, atoms, resolve
 from onnxprune.errors import UsageError
 
-__all__ = ["IMPORTANCE", "Criterion", "Scores", "normalised", "scores", "unit_of"]
+if TYPE_CHECKING:
+    from onnxprune.calibrate.calibration import Calibration
+    from onnxprune.calibrate.reads import Operand, Read
+
+__all__ = ["CALIBRATED", "IMPORTANCE", "Criterion", "Scores", "Slices", "normalised", "scores", "unit_of"]
 
 Criterion = Callable[["Slices", np.random.Generator], np.ndarray]
 Scores = Mapping[str, np.ndarray]  # per group id, one number per unit
@@ -39,11 +46,21 @@ def unit_of(expr: Expr, atom: Atom) -> np.ndarray:
 
 
 class Slices:
-    """The parameters of one group, unit by unit."""
+    """The parameters of one group, unit by unit, and what is known of its activations."""
 
-    def __init__(self, analysis: Analysis, group: Group) -> None:
+    def __init__(self, analysis: Analysis, group: Group, calibration: Calibration | None = None) -> None:
         self.analysis = analysis
         self.group = group
+        self._calibration = calibration
+
+    @property
+    def calibration(self) -> Calibration:
+        """Statistics on data. Raises UsageError where there is none."""
+        if self._calibration is None:
+            raise UsageError(
+                f"importance '{', '.join(CALIBRATED)}' is taken on data, and there is none", "give it with --data"
+            )
+        return self._calibration
 
     @property
     def units(self) -> int:
@@ -59,20 +76,29 @@ class Slices:
 
     def reduced(self, member: Member, power: int) -> np.ndarray:
         """Sum of |w| ** power over everything but the member's axis, gathered per unit."""
+        total = self.sums(member.initializer, member.axis, power)
+        return self.per_unit(self.analysis.uses[member.use][member.axis], total)
+
+    def sums(self, initializer: str, axis: int, power: int) -> np.ndarray:
+        """Sum of |w| ** power over everything but an axis."""
         graph = self.analysis.graph
-        array = graph.array(member.initializer)
+        array = graph.array(initializer)
         if array.dtype.kind not in "fiu":
             array = array.astype(np.float32)
-        moved = np.moveaxis(array, member.axis, 0)
+        moved = np.moveaxis(array, axis, 0)
         total = np.empty(len(moved), np.float64)
         step = max(1, (1 << 22) // max(1, moved[0].size))
         for k in range(0, len(moved), step):
             block = np.asarray(moved[k : k + step], np.float64).reshape(len(moved[k : k + step]), -1)
             total[k : k + step] = np.abs(block).sum(1) if power == 1 else np.einsum("ij,ij->i", block, block)
-        graph.release(member.initializer)
-        units = unit_of(self.analysis.uses[member.use][member.axis], self.group.atom)
+        graph.release(initializer)
+        return total
+
+    def per_unit(self, expr: Expr, numbers: np.ndarray) -> np.ndarray:
+        """Numbers of an axis' indices, added up per unit."""
+        units = unit_of(expr, self.group.atom)
         inside = units >= 0
-        return np.bincount(units[inside], total[inside], minlength=self.units)
+        return np.bincount(units[inside], numbers[inside], minlength=self.units)
 
     def rows(self, member: Member) -> np.ndarray:
         """The member's slices as (units, numbers)."""
@@ -121,15 +147,95 @@ def fpgm(slices: Slices, rng: np.random.Generator) -> np.ndarray:
     return np.sqrt(np.maximum(norms[:, None] + norms[None, :] - 2 * gram, 0)).sum(1)
 
 
-IMPORTANCE: Mapping[str, Criterion] = {"l1": l1, "l2": l2, "bn": bn, "random": random, "fpgm": fpgm}
+def wanda(slices: Slices, rng: np.random.Generator) -> np.ndarray:
+    """Sum of |w| times the root mean square of what it multiplies (Wanda, arXiv 2306.11695, eq. 1), over all weights
+    that read the unit; each reader's share of its own total, so that none drowns the others."""
+
+    def of(read: Read) -> np.ndarray:
+        energy = [_energy(slices, o) for o in read.operands]
+        if len(energy) > 1:  # both factors of a product carry the units
+            return np.sqrt(np.prod([slices.per_unit(o.expr, e) for o, e in zip(read.operands, energy, strict=True)], 0))
+        operand, node = read.operands[0], slices.analysis.graph.nodes[read.node]
+        if read.weight is None:
+            return np.sqrt(slices.per_unit(operand.expr, energy[0]))
+        i, axis = read.weight
+        weight = slices.sums(node.inputs[i], axis, 1)
+        if len(weight) == len(energy[0]):
+            return slices.per_unit(operand.expr, weight * np.sqrt(energy[0]))
+        units = slices.per_unit(slices.analysis.uses[read.node, i][axis], weight)  # a grouped convolution's
+        return units * np.sqrt(slices.per_unit(operand.expr, energy[0]))
+
+    return _over_reads(slices, of)
+
+
+def _energy(slices: Slices, operand: Operand) -> np.ndarray:
+    return slices.calibration.moments[operand.tensor, operand.axis].square
+
+
+def variance(slices: Slices, rng: np.random.Generator) -> np.ndarray:
+    """Variance of the unit's activation where it is read: what a constant in its place can't make up for."""
+
+    def of(read: Read) -> np.ndarray:
+        found = [slices.per_unit(o.expr, slices.calibration.moments[o.tensor, o.axis].variance) for o in read.operands]
+        return np.prod(found, 0)
+
+    return _over_reads(slices, of)
+
+
+def _over_reads(slices: Slices, of: Callable[[Read], np.ndarray]) -> np.ndarray:
+    """The sum over a group's reads of each one's shares; the L2 norm where nothing that runs on data reads it."""
+    return _shares(map(of, slices.calibration.reads_of(slices.group)), slices)
+
+
+def _shares(found: Iterator[np.ndarray], slices: Slices) -> np.ndarray:
+    shares = [f / f.sum() for f in found if f.sum() > 0]
+    return np.sum(shares, axis=0) if shares else l2(slices, np.random.default_rng(0))
+
+
+def taylor(slices: Slices, rng: np.random.Generator) -> np.ndarray:
+    """What the output, or with labels the loss, loses with the unit: see `calibrate.gradients`."""
+    return _or_l2(slices, slices.calibration.information[slices.group.id])
+
+
+def distill(slices: Slices, rng: np.random.Generator) -> np.ndarray:
+    """First order of the distance from the original's output, where a tenth of the network is gone already."""
+    return _or_l2(slices, slices.calibration.slopes[slices.group.id])
+
+
+def _or_l2(slices: Slices, found: np.ndarray) -> np.ndarray:
+    return found if found.any() else l2(slices, np.random.default_rng(0))
+
+
+IMPORTANCE: Mapping[str, Criterion] = {
+    "l1": l1,
+    "l2": l2,
+    "bn": bn,
+    "random": random,
+    "fpgm": fpgm,
+    "wanda": wanda,
+    "variance": variance,
+    "taylor": taylor,
+    "distill": distill,
+}
+CALIBRATED = ("wanda", "variance", "taylor", "distill")
+"""Those that are taken on data."""
 
 
 def scores(
-    analysis: Analysis, groups: list[Group], importance: str | Criterion | Scores, *, seed: int = 0
+    analysis: Analysis,
+    groups: list[Group],
+    importance: str | Criterion | Scores,
+    *,
+    seed: int = 0,
+    calibration: Calibration | None = None,
 ) -> dict[str, np.ndarray]:
-    """Per group id, the importance of every unit, with mean 1. Raises UsageError for an unknown criterion."""
+    """Per group id, the importance of every unit, with mean 1. importance: a criterion or its name, or numbers that
+    were found elsewhere, by group id. calibration: for criteria that are taken on data.
+
+    Raises UsageError for an unknown criterion, one that lacks data, or numbers that don't fit the groups.
+    """
     if isinstance(importance, Mapping):
-        return {g.id: normalised(importance[g.id]) for g in groups}
+        return {g.id: normalised(_given(importance, g)) for g in groups}
     if callable(importance):
         criterion = importance
     elif importance in IMPORTANCE:
@@ -137,7 +243,7 @@ def scores(
     else:
         raise UsageError(f"importance '{importance}' is none of {', '.join(IMPORTANCE)}")
     rng = np.random.default_rng(seed)
-    return {g.id: normalised(criterion(Slices(analysis, g), rng)) for g in groups}
+    return {g.id: normalised(criterion(Slices(analysis, g, calibration), rng)) for g in groups}
 
 
 def normalised(raw: np.ndarray) -> np.ndarray:
@@ -145,3 +251,11 @@ def normalised(raw: np.ndarray) -> np.ndarray:
     raw = np.nan_to_num(np.asarray(raw, np.float64))
     mean = raw.mean()
     return raw / mean if mean > 0 else np.ones(len(raw))
+
+
+def _given(importance: Scores, group: Group) -> np.ndarray:
+    found = importance.get(group.id)
+    if found is None or np.shape(found) != (group.size,):
+        what = "nothing" if found is None else f"shape {np.shape(found)}"
+        raise UsageError(f"importance of group {group.id} should be {group.size} numbers, found {what}")
+    return np.asarray(found)
