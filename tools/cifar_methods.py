@@ -216,10 +216,11 @@ def _sets(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     for text in texts:
         method, _, setting = text.partition(":")
         name, _, value = setting.partition("=")
+        own = found.setdefault(method, {})
         try:
-            found.setdefault(method, {})[name] = ast.literal_eval(value)
+            own[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[method][name] = value
+            own[name] = value
     return found
 
 
