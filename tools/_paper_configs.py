@@ -169,7 +169,15 @@ def _adam(lr: float, batch: int, weight_decay: float = 0.0, **more: Any) -> dict
 
 
 QUARTERS = (0.25, 0.5, 0.75)
-HESSO = {"start": 0.1, "end": 0.2}
+HALF = 0.5  # of the training, until when DHSPG's redundant units have to be zero; then they are removed
+
+
+def _dhspg(start: float, epsilon: float = 0.95) -> dict[str, Any]:
+    """start: of the whole training."""
+    return {"share": HALF, "start": start / HALF, "epsilon": epsilon}
+
+
+HESSO = {"share": 0.2, "start": 0.5, "stop": 1.0}  # from a tenth of the whole to a fifth
 
 
 def _once(
@@ -204,7 +212,7 @@ def _tuned(
 
 def _vgg16() -> Config:
     recipe = _sgd(300, QUARTERS, 5e-4, lr=0.05, clip=1.0)
-    how = {"start": 50 / 300, "epsilon": 0.95}
+    how = _dhspg(50 / 300)
     return Config(
         title="VGG16, CIFAR-10",
         task=partial(_cifar, partial(VGG16, batch_norm=False), 64, 8),
@@ -221,7 +229,7 @@ def _vgg16() -> Config:
 
 def _vgg16_bn() -> Config:
     recipe = _sgd(300, QUARTERS, 5e-4)
-    how = {"start": 50 / 300, "epsilon": 0.9}
+    how = _dhspg(50 / 300, 0.9)
     theirs = Published("26.6", "5.0", "93.1", "0.1")
     return Config(
         title="VGG16-BN, CIFAR-10",
@@ -240,7 +248,7 @@ def _vgg16_bn() -> Config:
 def _resnet18() -> Config:
     recipe = _sgd(300, QUARTERS, 5e-4)
     short = _sgd(100, (0.5,), 1e-4)
-    how = {"start": 50 / 300, "epsilon": 0.95}
+    how = _dhspg(50 / 300)
     theirs = Published("20.3", "8.8", "92.86", "0.16")
     return Config(
         title="ResNet-18, CIFAR-10",
@@ -259,7 +267,7 @@ def _resnet18() -> Config:
 
 def _resnet50() -> Config:
     recipe = _sgd(300, QUARTERS, 1e-3)
-    how = {"start": 10 / 300, "epsilon": 0.95}
+    how = _dhspg(10 / 300)
     theirs = Published("10.0", "3.6", "94.3", "-0.7")
     return Config(
         title="ResNet-50, CIFAR-10",
@@ -284,20 +292,27 @@ TPP_BASE = 93.78
 INSIDE = r"^/blocks/blocks\.\d+/bn2|^/bn1"  # normalisations of the residual stream: what is excluded
 
 
+def _tpp_said(macs: float, value: float) -> Published:
+    return Published(f"{100 * macs:.1f}", "-", f"{value:.2f}", f"{TPP_BASE - value:.2f}")
+
+
 def _resnet56() -> Config:
     tuning, whole = (_sgd(n, (0.5, 0.75), 5e-4, lr=1e-2, batch=128) for n in (120, 150))
     arms: list[PaperArm] = []
     for ratio, (macs, l1, fixed, tpp) in TPP_RATIOS.items():
         target, more = f"macs={macs:.4f}", {"scope": "local", "importance": "l1", "exclude": [INSIDE]}
-
-        def said(value: float, left: float = macs) -> Published:
-            return Published(f"{100 * left:.1f}", "-", f"{value:.2f}", f"{TPP_BASE - value:.2f}")
-
+        said = partial(_tpp_said, macs)
         arms.append(_tuned("oneshot", target, tuning, name=f"{ratio} L1", published=said(l1), **more))
         arms.append(_tuned("oneshot", target, whole, name=f"{ratio} L1, epochs of TPP", **more))
-        arms.append(_tuned("fixreg", target, whole, name=f"{ratio} FixReg", published=said(fixed), **more))
-        arms.append(_tuned("greg", target, whole, name=f"{ratio} GReg", **more))
-        arms.append(_tuned("tpp", target, whole, name=f"{ratio} TPP", published=said(tpp), **more))
+        share = {"share": 30 / 150}
+        for name, method, options, published in (
+            ("FixReg", "fixreg", share, said(fixed)),
+            ("GReg", "greg", share, UNPUBLISHED),
+            ("TPP", "tpp", share, said(tpp)),
+            ("TPP, scale of the code", "tpp", share | {"scale": "code"}, UNPUBLISHED),
+        ):
+            how = {"name": f"{ratio} {name}", "published": published, "method_options": options}
+            arms.append(_tuned(method, target, whole, **how, **more))
     return Config(
         title="ResNet-56 (option A), CIFAR-10, ratio per layer inside the blocks",
         task=partial(_cifar, lambda width: CifarResNet(56, width, "pad"), 16, 16),
@@ -326,7 +341,6 @@ def _transformer() -> Config:
 
 def _super_resolution() -> Config:
     recipe = _adam(1e-4, 64, steps=600_000, warmup=0.0, schedule="steps", milestones=(2 / 3,))
-    how = {"start": 0.1, "end": 0.2}
     theirs = Published("18.4", "18.0", "33.05")
     return Config(
         title="CARN x2, T91",
@@ -334,9 +348,9 @@ def _super_resolution() -> Config:
         base=recipe,
         published_base="-",
         arms=(
-            _once("hesso", "channels=0.4", recipe, how, theirs),
-            _once("hesso", "macs=0.184", recipe, how, theirs),
-            _once("dhspg", "macs=0.184", recipe, {"start": 0.1}),
+            _once("hesso", "channels=0.4", recipe, HESSO, theirs),
+            _once("hesso", "macs=0.184", recipe, HESSO, theirs),
+            _once("dhspg", "macs=0.184", recipe, _dhspg(0.1)),
             _tuned("oneshot", "macs=0.184", _adam(1e-4, 64, steps=200_000, warmup=0.0, schedule="cosine")),
         ),
         note="Published: HESSO on DIV2K, Set14.",

@@ -45,7 +45,7 @@ from torch import nn
 from onnxprune import TrainSettings
 
 Row = dict[str, Any]
-TINY_STEPS = 12
+TINY_STEPS = 20
 TINY_BATCH = 16
 
 
