@@ -15,7 +15,7 @@ from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.quantised import centred, real, rounded, scaled
 from onnxprune.ops.registry import Operator, Role
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, Linear, MirrorContext, NodeView, PatchContext, Shape, Term
 
 __all__ = ["OPERATORS", "padding", "sides", "symmetric"]
 
@@ -269,6 +269,85 @@ def conv_transpose_macs(
     return [(1.0, (*data, *weight[1:]))]
 
 
+def conv_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """Per group, a row is what lies under the kernel: x (b g c at taps) times w (g o c taps)."""
+    form = kernel_form(node, w, shapes)
+    if form is None:
+        return None
+    (out, per_group, *kernel), groups, strides, dilations, places, taps = form
+    auto, given = node.attributes.get("auto_pad", "NOTSET"), node.attributes.get("pads") or [0] * (2 * len(kernel))
+
+    def unfold(x: Any) -> Any:
+        pads = list(given) if auto == "NOTSET" else [0] * (2 * len(kernel))
+        if auto.startswith("SAME"):
+            for k, size in enumerate(kernel):
+                span = dilations[k] * (size - 1) + 1
+                total = _run.same_padding(x.size(2 + k), span, strides[k])
+                less, more = total // 2, total - total // 2
+                pads[k], pads[len(kernel) + k] = (less, more) if auto == "SAME_UPPER" else (more, less)
+        return windows(F.pad(x, sides(pads)), kernel, strides, dilations).unflatten(1, (groups, per_group))
+
+    return Linear(
+        0,
+        w,
+        (("b", "g", "c", *places, *taps), ("g", "o", "c", *taps), ("b", "g", "o", *places)),
+        (groups, out // groups, per_group, *kernel),
+        bias=2,
+        unfold=unfold,
+        unfold_output=lambda y: y.unflatten(1, (groups, -1)),
+        channel=1,
+    )
+
+
+def conv_transpose_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """A convolution of x with zeros between its elements, with the kernel the other way round."""
+    form = kernel_form(node, w, shapes)
+    if form is None or node.attributes.get("output_shape") or node.attributes.get("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    (channels, out, *kernel), groups, strides, dilations, places, taps = form
+    rank = len(kernel)
+    pads, extra = (node.attributes.get(n) or [0] * m for n, m in (("pads", 2 * rank), ("output_padding", rank)))
+    spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    before = [spans[k] - pads[k] for k in range(rank)]
+    after = [spans[k] - pads[rank + k] + extra[k] for k in range(rank)]
+
+    def unfold(x: Any) -> Any:
+        sizes = [s * (n - 1) + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
+        apart = x.new_zeros(*x.shape[:2], *sizes)
+        apart[(..., *(slice(None, None, s) for s in strides))] = x
+        seen = windows(F.pad(apart, sides([*before, *after])), kernel, [1] * rank, dilations)
+        return seen.flip(list(range(-rank, 0))).unflatten(1, (groups, -1))
+
+    return Linear(
+        0,
+        w,
+        (("b", "g", "c", *places, *taps), ("g", "c", "o", *taps), ("b", "g", "o", *places)),
+        (groups, channels // groups, out, *kernel),
+        bias=2,
+        unfold=unfold,
+        unfold_output=lambda y: y.unflatten(1, (groups, -1)),
+        channel=1,
+    )
+
+
+def kernel_form(node: NodeView, w: int, shapes: Sequence[Shape]) -> Any:
+    """The weight's shape, groups, strides, dilations, and labels of the places and of the kernel's taps."""
+    weight = shapes[w]
+    if w != 1 or weight is None or len(weight) < 3:
+        return None
+    rank = len(weight) - 2
+    strides, dilations = (list(node.attributes.get(n) or [1] * rank) for n in ("strides", "dilations"))
+    places, taps = (tuple(f"{letter}{k}" for k in range(rank)) for letter in "pt")
+    return weight, int(node.attributes.get("group", 1)), strides, dilations, places, taps
+
+
+def windows(x: Any, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Any:
+    """(b, c, places, taps) of an image: a view."""
+    for k, size in enumerate(kernel):
+        x = x.unfold(2 + k, dilations[k] * (size - 1) + 1, strides[k])[..., :: dilations[k]]
+    return x
+
+
 def patch_groups(p: PatchContext) -> None:
     if int(p.attr("group", 1)) > 1:
         p.set_attr("group", p.noted("groups"))
@@ -309,6 +388,7 @@ OPERATORS = (
         bias=2,
         mirror=convolved,
         role=Role.CONVOLUTION,
+        linear=conv_linear,
     ),
     Operator(
         "ConvTranspose",
@@ -318,6 +398,7 @@ OPERATORS = (
         patch_groups,
         mirror=conv_transpose_mirror,
         role=Role.CONVOLUTION,
+        linear=conv_transpose_linear,
     ),
     Operator(
         "ConvInteger",

@@ -299,8 +299,8 @@ OPERATORS = (
     ),
     Operator("CastLike", lambda c: c.output(*c.axes(0)), lambda n, s: s[0], evaluate=_cast, mirror=cast_like_mirror),
     Operator("BitCast", mirror=bit_cast_mirror),
-    _binary("Add", np.add, arithmetic(operator.add), role=Role.AFFINE),
-    _binary("Sub", np.subtract, arithmetic(operator.sub), role=Role.AFFINE),
+    _binary("Add", np.add, arithmetic(operator.add), role=Role.AFFINE, shift=lambda n, i: (1 - i, 1, None)),
+    _binary("Sub", np.subtract, arithmetic(operator.sub), role=Role.AFFINE, shift=lambda n, i: (1 - i, -1, None)),
     _binary("Mul", np.multiply, arithmetic(operator.mul), multiplied, role=Role.AFFINE),
     Operator(
         "Div",

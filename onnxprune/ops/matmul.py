@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import F, torch
 from onnxprune.ops.registry import Operator, Role
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, Linear, MirrorContext, NodeView, Shape, Term
 
 __all__ = ["OPERATORS", "matmul", "matmul_macs", "product_dead", "product_shape"]
 
@@ -167,6 +167,70 @@ def gemm_mirror(m: MirrorContext) -> Any:
     return torch.addmm(c, a, b, beta=beta, alpha=alpha)
 
 
+def matmul_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """numpy's matmul; `transA` and `transB` swap the last two axes of an operand."""
+    attributes = node.attributes
+    if attributes.get("transBatchA", 0) or attributes.get("transBatchB", 0):
+        return None
+    a, b = shapes[0], shapes[1]
+    if not a or not b:
+        return None
+    leading = [f"b{k}" for k in reversed(range(max(len(a), len(b)) - 2))]
+    left, right = [*leading, "m", "k"][-len(a) :], [*leading, "k", "n"][-len(b) :]
+    left, right = ["k"] if len(a) == 1 else left, ["k"] if len(b) == 1 else right
+    y = [*leading, *(["m"] if len(a) > 1 else []), *(["n"] if len(b) > 1 else [])]
+    for axes, name in ((left, "transA"), (right, "transB")):
+        if attributes.get(name, 0) and len(axes) > 1:
+            axes[-2:] = axes[:-3:-1]
+    terms = (tuple(left), tuple(right))
+    sizes: dict[str, set[int | None]] = {}
+    for label, size in (*zip(left, a, strict=True), *zip(right, b, strict=True)):
+        sizes.setdefault(label, set()).add(size)
+    if any(len(s) > 1 for n, s in sizes.items() if n in leading):  # a weight that is broadcast over a batch
+        return None
+    channel = -1 if w == 1 or len(b) == 1 else -2
+    scale = float(attributes.get("alpha", 1.0))
+    return product_linear(w, shapes, (*terms, tuple(y)), scale=scale, channel=channel)
+
+
+def gemm_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    a, b = shapes[0], shapes[1]
+    if a is None or b is None or len(a) != 2 or len(b) != 2:
+        return None
+    left = ("k", "m") if node.attributes.get("transA", 0) else ("m", "k")
+    right = ("n", "k") if node.attributes.get("transB", 0) else ("k", "n")
+    scale, bias_scale = (float(node.attributes.get(n, 1.0)) for n in ("alpha", "beta"))
+    added = len(shapes) > 2 and bool(node.inputs[2]) and bias_scale != 0
+    columns = b[right.index("n")]
+    if added and (w != 1 or shapes[2] not in ((columns,), (1, columns))):
+        return None  # it is added along the other axis as well
+    more = {"bias": 2 if added else None, "bias_scale": bias_scale, "scale": scale, "channel": 1 if w == 1 else 0}
+    return product_linear(w, shapes, (left, right, ("m", "n")), **more)
+
+
+def einsum_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    if len(shapes) != 2 or shapes[0] is None or shapes[1] is None:
+        return None
+    (left, right), y = einsum_terms(node.attributes["equation"], [len(shapes[0]), len(shapes[1])])
+    sizes: dict[str, set[int | None]] = {}
+    for label, size in (*zip(left, shapes[0], strict=True), *zip(right, shapes[1], strict=True)):
+        sizes.setdefault(label, set()).add(size)
+    repeated = any(len(set(t)) < len(t) for t in (left, right))
+    if repeated or any(1 in s and len(s) > 1 for s in sizes.values()):
+        return None
+    own = [k for k, label in enumerate(y) if label in (left, right)[w]]
+    return product_linear(w, shapes, (tuple(left), tuple(right), tuple(y)), channel=own[0] if len(own) == 1 else None)
+
+
+def product_linear(w: int, shapes: Sequence[Shape], terms: tuple[tuple[str, ...], ...], **more: Any) -> Linear | None:
+    """A product of x and w, whichever of them stands on the left."""
+    stored = shapes[w]
+    if stored is None or any(n is None for n in stored):
+        return None
+    ordered = (terms[1 - w], terms[w], terms[2])
+    return Linear(1 - w, w, ordered, tuple(n for n in stored if n is not None), **more)
+
+
 def scalar(m: MirrorContext, name: str) -> float | int:
     """A factor of Gemm, which torch wants as an integer where it is one."""
     value = float(m.attr(name, 1.0))
@@ -201,11 +265,19 @@ OPERATORS = (
         bias=2,
         mirror=matmul_mirror,
         role=Role.PRODUCT,
+        linear=matmul_linear,
     ),
     Operator(
-        "Gemm", gemm_axes, product_dead(0, 1, 2), matmul_macs(0, 1), bias=2, mirror=gemm_mirror, role=Role.PRODUCT
+        "Gemm",
+        gemm_axes,
+        product_dead(0, 1, 2),
+        matmul_macs(0, 1),
+        bias=2,
+        mirror=gemm_mirror,
+        role=Role.PRODUCT,
+        linear=gemm_linear,
     ),
-    Operator("Einsum", einsum_axes, einsum_dead, einsum_macs, mirror=einsum_mirror),
+    Operator("Einsum", einsum_axes, einsum_dead, einsum_macs, mirror=einsum_mirror, linear=einsum_linear),
     Operator(
         "com.microsoft::FusedMatMul",
         fused_matmul_axes,
@@ -214,5 +286,6 @@ OPERATORS = (
         shape=product_shape,
         mirror=fused_matmul_mirror,
         role=Role.PRODUCT,
+        linear=matmul_linear,
     ),
 )

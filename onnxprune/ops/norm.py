@@ -334,6 +334,7 @@ OPERATORS = (
         mirror=batch_norm_mirror,
         fixed=frozenset({3, 4}),
         running=frozenset({3, 4}),
+        shift=lambda n, i: (3, -1, 1),
     ),
     Operator(
         "InstanceNormalization",

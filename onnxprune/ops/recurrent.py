@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import kernels
 from onnxprune.ops.quantised import real_table
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, Kind, Linear, MirrorContext, NodeView, PatchContext, Shape, Term
 
 __all__ = ["OPERATORS"]
 
@@ -168,6 +170,21 @@ def recurrent(m: MirrorContext, op: str, x: Any, w: Any, r: Any) -> Any:
     return [found[j] for j in range(len(m.node.outputs))]
 
 
+def recurrent_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """What X gives to the gates. A constant goes into W's half of B."""
+    weight = shapes[w]
+    if w != 1 or weight is None or None in weight:
+        return None
+    directions, gates, width = (int(n or 0) for n in weight)
+
+    def lay(c: np.ndarray) -> np.ndarray:
+        return np.concatenate([c.reshape(directions, gates), np.zeros((directions, gates))], 1)
+
+    bias = 3 if len(node.inputs) > 3 and node.inputs[3] else None
+    terms = (("s", "b", "k"), ("d", "o", "k"), ("s", "b", "d", "o"))
+    return Linear(0, 1, terms, (directions, gates, width), bias=bias, inside=True, lay=lay)
+
+
 OPERATORS = (
     *(
         Operator(
@@ -178,6 +195,7 @@ OPERATORS = (
             patch_hidden,
             mirror=recurrent_mirror,
             fixed=frozenset({5, 6}),  # where a sequence starts: stored zeros are no weights
+            linear=recurrent_linear,
         )
         for name in ("LSTM", "GRU", "RNN")
     ),

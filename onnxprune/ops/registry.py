@@ -12,7 +12,17 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from onnxprune.ops.rules import AxisRule, DeadRule, MacsRule, MaskRule, MirrorRule, PatchRule, ShapeRule
+    from onnxprune.ops.rules import (
+        AxisRule,
+        DeadRule,
+        LinearRule,
+        MacsRule,
+        MaskRule,
+        MirrorRule,
+        PatchRule,
+        ShapeRule,
+        ShiftRule,
+    )
 
 __all__ = ["Operator", "Registry", "Role"]
 
@@ -66,6 +76,10 @@ class Operator:
     role: what its output means, for `model.outputs`.
     fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
     running: of those, the statistics that training updates all the same, as it goes over the data.
+    linear: how it is a linear layer of the stored input w, for repair in closed form: linear(node, w, shapes of the
+        inputs). None, or a rule that gives None: it is left as it is.
+    shift: where a constant per channel that is added to data input i can go instead: shift(node, i) gives the input,
+        the sign, and the axis of the data that a vector there lies along (None: it broadcasts).
     """
 
     name: str
@@ -93,6 +107,8 @@ class Operator:
     fixed: frozenset[int] = frozenset()
     running: frozenset[int] = frozenset()
     role: Role | None = None
+    linear: LinearRule | None = None
+    shift: ShiftRule | None = None
 
 
 class Registry(Mapping[str, Operator]):

@@ -22,6 +22,8 @@ __all__ = [
     "DeadRule",
     "GiveUp",
     "Kind",
+    "Linear",
+    "LinearRule",
     "MacsRule",
     "MaskContext",
     "MaskRule",
@@ -30,7 +32,9 @@ __all__ = [
     "NodeView",
     "PatchContext",
     "PatchRule",
+    "Shape",
     "ShapeRule",
+    "ShiftRule",
     "Term",
 ]
 
@@ -74,6 +78,31 @@ class Contraction:
     over: Expr
     fold: bool = False
     through: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A node as a linear layer: y = x w + bias, once x, w and y are looked at the right way.
+
+    x, w, bias: inputs; bias is None where the node has no place for one. terms: the labels of the axes of x, w and y,
+    as in an einsum. unfold, unfold_output: torch views of x and of the node's output with these axes; weight_shape:
+    that of w. inside: y is not the node's output but something in it. scale: of the product, bias_scale: of the bias.
+    lay: a number per channel, in y's order, as the stored bias holds it. channel: the axis of the output that the
+    channels are on, None where they aren't on one.
+    """
+
+    x: int
+    w: int
+    terms: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    weight_shape: tuple[int, ...]
+    bias: int | None = None
+    unfold: Callable[[Any], Any] = lambda x: x
+    unfold_output: Callable[[Any], Any] = lambda y: y
+    inside: bool = False
+    scale: float = 1.0
+    bias_scale: float = 1.0
+    lay: Callable[[np.ndarray], np.ndarray] = lambda c: c
+    channel: int | None = None
 
 
 # what a rule may trip over at a node that is not what its operator's definition says
@@ -446,6 +475,7 @@ class MirrorContext(Protocol):
         """To be raised: this form of the operator can't be mirrored."""
 
 
+Shape: TypeAlias = "tuple[int | None, ...] | None"
 Term: TypeAlias = tuple[float, tuple[Expr, ...]]
 AxisRule: TypeAlias = Callable[[AxisContext], None]
 DeadRule: TypeAlias = Callable[[NodeView, Sequence["float | None"]], "float | None"]
@@ -457,3 +487,5 @@ ShapeRule: TypeAlias = Callable[
     [NodeView, Sequence["tuple[int, tuple[int | None, ...]] | None"]],
     Sequence["tuple[int, tuple[int | None, ...]] | None"],
 ]
+LinearRule: TypeAlias = Callable[[NodeView, int, Sequence[Shape]], "Linear | None"]
+ShiftRule: TypeAlias = Callable[[NodeView, int], "tuple[int, int, int | None]"]

@@ -1,0 +1,226 @@
+"""The linear layers behind a plan's groups: what is solved for, where its numbers stand, and what has to be left.
+
+A consumer is an operand that a node contracts with a stored weight, along an axis that lost units. How it is unfolded
+into rows comes from the operator's `linear` rule; a constant goes into the node's own bias, or into what the only
+reader of its output adds or subtracts per channel (a BatchNormalization's mean, an Add of a stored tensor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from onnxprune.axes.analysis import Analysis
+from onnxprune.axes.expr import atoms, kept
+from onnxprune.model.graph import Graph, Node
+from onnxprune.model.weights import FLOATS
+from onnxprune.ops.rules import Contraction, Kind, Linear
+from onnxprune.reconstruct.unfolded import Unfolded, unfolded
+from onnxprune.rewrite.edit import take
+from onnxprune.select.plan import Plan
+
+__all__ = ["Consumer", "Left", "Place", "consumers"]
+
+MULTIPLIES = frozenset({Kind.PRODUCT, Kind.STATE})
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Place:
+    """Where a constant per channel can go: a stored tensor of the pruned model, and the constant as it is laid there."""
+
+    name: str
+    lay: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Consumer:
+    """A linear layer of the pruned model that is solved for.
+
+    x, y: its input and output in the pruned model; y is that of the original, which the targets are taken from, unless
+    they lie inside the node: then they are made from `source`, the original's input, with the original's weight.
+    kept: per axis of the targets (as the original's tensor has them), what the plan keeps. offset: the constant that
+    the node adds per channel now, (g, o).
+    """
+
+    label: str
+    op: str
+    groups: tuple[str, ...]
+    form: Unfolded
+    weight: str
+    x: str
+    y: str
+    place: Place | None
+    offset: np.ndarray
+    kept: tuple[np.ndarray | None, ...]
+    source: str = ""
+    original: tuple[Unfolded, np.ndarray] | None = None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Groups, columns, outputs."""
+        return self.form.sizes()
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A consumer that is left as it is, and why."""
+
+    label: str
+    op: str
+    groups: tuple[str, ...]
+    reason: str
+
+
+def consumers(analysis: Analysis, plan: Plan, pruned: Graph) -> tuple[list[Consumer], list[Left]]:
+    """Every consumer of a group that loses units, in the pruned graph's order."""
+    found: list[Consumer] = []
+    left: list[Left] = []
+    finder = _Finder(analysis, plan, pruned)
+    for node, contraction, groups in finder.contracted():
+        made = finder.consumer(node, contraction, groups)
+        if isinstance(made, Consumer):
+            found.append(made)
+        else:
+            left.append(Left(node.label, node.op, groups, made))
+    return found, left
+
+
+class _Finder:
+    def __init__(self, analysis: Analysis, plan: Plan, pruned: Graph) -> None:
+        self.analysis, self.graph, self.pruned = analysis, analysis.graph, pruned
+        self.keep = plan.by_atom(analysis)
+        self.ids = {g.atom: g.id for g in plan.pruned(analysis)}
+
+    def contracted(self) -> Iterator[tuple[Node, Contraction, tuple[str, ...]]]:
+        for node in self.graph.nodes:
+            for contraction in self.analysis.contractions.get(node.index, ()):
+                groups = tuple(dict.fromkeys(self.ids[a] for a in atoms(contraction.over) if a in self.ids))
+                if groups and contraction.kind in MULTIPLIES and not contraction.through:
+                    yield node, contraction, groups
+
+    def consumer(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Consumer | str:
+        """Or why there is none."""
+        if contraction.kind is Kind.STATE:
+            return "its input is its own output, one step earlier"
+        stored = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.parameters]
+        if not stored:
+            return "both operands are computed from the data"
+        small = self.in_pruned(node)
+        if small is None:
+            return "all of its inputs were removed"
+        w = stored[-1]
+        rule = self.analysis.registry[node.op].linear
+        linear = rule(small, w, self.shapes(self.pruned, small)) if rule is not None else None
+        form = unfolded(linear) if linear is not None else None
+        if linear is None or form is None:
+            return "this form of the operator has no closed form"
+        name = small.inputs[w]
+        parameter = self.pruned.parameters.get(name)
+        if parameter is None or parameter.elem_type not in FLOATS:
+            return "its weight is no stored tensor of floats"
+        if len(self.pruned.consumers[name]) > 1:
+            return "several nodes share its weight"
+        if linear.inside:
+            return self.inside(node, small, form, w, groups)
+        y = node.outputs[0]
+        offset, place = self.constant(small, linear, y, form)
+        masks = tuple(kept(e, self.keep) for e in self.analysis.axes[y])
+        return Consumer(node.label, node.op, groups, form, name, small.inputs[linear.x], y, place, offset, masks)
+
+    def inside(self, node: Node, small: Node, form: Unfolded, w: int, groups: tuple[str, ...]) -> Consumer | str:
+        """Targets that no tensor holds: made from the original's input and weight, less the rows that went."""
+        rule = self.analysis.registry[node.op].linear
+        linear = rule(node, w, self.shapes(self.graph, node)) if rule is not None else None
+        whole = unfolded(linear) if linear is not None else None
+        if linear is None or whole is None:
+            return "this form of the operator has no closed form"
+        gone = {
+            label for label, size in zip(linear.terms[1], linear.weight_shape, strict=True) if label in whole.columns
+        }
+        masks = tuple(
+            None if label in gone else kept(e, self.keep)
+            for label, e in zip(linear.terms[1], self.analysis.uses[node.index, w], strict=True)
+        )
+        weight = take(self.graph.array(node.inputs[w]), masks)
+        g, _, o = form.sizes()
+        place = self.own_place(small, form.linear)
+        return Consumer(
+            node.label,
+            node.op,
+            groups,
+            form,
+            small.inputs[w],
+            small.inputs[form.linear.x],
+            "",
+            place,
+            np.zeros((g, o)),
+            (),
+            node.inputs[linear.x],
+            (whole, weight.astype(np.float64) * linear.scale),
+        )
+
+    @staticmethod
+    def shapes(graph: Graph, node: Node) -> list[tuple[int | None, ...] | None]:
+        return [graph.shapes.get(n) if n else None for n in node.inputs]
+
+    def in_pruned(self, node: Node) -> Node | None:
+        """The node of the pruned graph that this one became."""
+        made = self.pruned.producers.get(node.outputs[0])
+        while made is not None and (made.op, made.proto.name) != (node.op, node.proto.name):
+            # a constant was added behind it: see `rewrite.fold`
+            made = self.pruned.producers.get(made.inputs[0]) if made.inputs else None
+        return made
+
+    def constant(self, node: Node, linear: Linear, y: str, form: Unfolded) -> tuple[np.ndarray, Place | None]:
+        """What the node adds to its product now, up to the tensor y; and where more of it can go."""
+        g, _, o = form.sizes()
+        offset = np.zeros(g * o)
+        place = self.own_place(node, linear)
+        bias = node.inputs[linear.bias] if linear.bias is not None and linear.bias < len(node.inputs) else ""
+        if bias and bias in self.pruned.parameters:
+            offset += self.pruned.array(bias).reshape(-1).astype(np.float64) * linear.bias_scale
+        output = node.outputs[0]
+        while output != y:  # constants of dead units, added by the rewriter
+            reader, i = self.pruned.consumers[output][0]
+            added = reader.inputs[1 - i]
+            offset += self.pruned.array(added).reshape(-1).astype(np.float64)
+            place = place or self.follower_place(output, linear.channel, g * o)
+            output = reader.outputs[0]
+        place = place or self.follower_place(y, linear.channel, g * o)
+        return offset.reshape(g, o), place
+
+    def own_place(self, node: Node, linear: Linear) -> Place | None:
+        bias = node.inputs[linear.bias] if linear.bias is not None and linear.bias < len(node.inputs) else ""
+        if not self.own(bias):
+            return None
+        shape = self.pruned.parameters[bias].shape
+        return Place(bias, lambda c: (linear.lay(c) / linear.bias_scale).reshape(shape))
+
+    def own(self, name: str) -> bool:
+        """Whether it is a stored tensor of floats that one node reads."""
+        parameter = self.pruned.parameters.get(name)
+        readers = len(self.pruned.consumers.get(name, ()))
+        return parameter is not None and parameter.elem_type in FLOATS and readers == 1
+
+    def follower_place(self, y: str, channel: int | None, count: int) -> Place | None:
+        """In what the only reader of a tensor adds to it or takes off it."""
+        readers = self.pruned.consumers.get(y, ())
+        shape = self.pruned.shapes.get(y)
+        if len(readers) != 1 or y in self.pruned.outputs or channel is None or shape is None:
+            return None
+        reader, i = readers[0]
+        operator = self.analysis.registry.get(reader.op)
+        if operator is None or operator.shift is None:
+            return None
+        j, sign, axis = operator.shift(reader, i)
+        if j == i or j >= len(reader.inputs) or not self.own(reader.inputs[j]):
+            return None
+        parameter = self.pruned.parameters[reader.inputs[j]]
+        channel %= len(shape)
+        laid = parameter.shape if axis is not None else (1,) * (len(shape) - len(parameter.shape)) + parameter.shape
+        wanted = (count,) if axis is not None else tuple(count if k == channel else 1 for k in range(len(shape)))
+        if laid != wanted or (axis is not None and axis != channel) or prod(laid) != count:
+            return None
+        return Place(parameter.name, lambda c: sign * c.reshape(parameter.shape))

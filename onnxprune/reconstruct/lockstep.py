@@ -1,0 +1,139 @@
+"""Two networks run side by side, as far as each step wants and no further, over all batches before the next step.
+
+A step asks for tensors of both; only what leads to them and was not run yet is run, and only what a later step reads is
+kept. Over all steps every node runs once per batch, so that the cost is that of one pass of each network, and between
+two steps the weights in front of what has not run may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node, Proxy
+
+from onnxprune.mirroring.build import Builder
+from onnxprune.model.graph import Graph
+from onnxprune.ops.registry import Operator
+from onnxprune.reconstruct.frontier import Frontier
+
+__all__ = ["Lockstep", "Side"]
+
+Key = tuple[int, str]
+
+
+class Side:
+    """One network: its mirror, and which node of it computes which tensor of the model. Nothing is fused, so that every
+    tensor of the model is one of the mirror's."""
+
+    def __init__(self, graph: Graph, registry: Mapping[str, Operator]) -> None:
+        builder = Builder(graph, registry, half=torch.float32)
+        self.module: GraphModule = builder.build().eval()
+        self.nodes: list[Node] = list(self.module.graph.nodes)
+        alive = set(self.nodes)
+        self.places = {n: v.node for n, v in builder.values.items() if isinstance(v, Proxy) and v.node in alive}
+        self.inputs = [n for n in self.nodes if n.op == "placeholder"]
+        self.interpreter = Interpreter(self.module, garbage_collect_values=False)
+        self.static: set[Node] = set()  # what needs no data: cheap, and never kept
+        self.weights: dict[Node, str] = {}
+        paths = self.module.meta["parameters"]
+        for node in self.nodes:
+            if node.op == "get_attr" and node.target in paths:
+                self.weights[node] = paths[node.target][-1]
+            if node.op not in ("placeholder", "output") and all(a in self.static for a in node.all_input_nodes):
+                self.static.add(node)
+        self.targets = {path[-1]: target for target, path in paths.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The stored tensor of that name, as the mirror holds it."""
+        value: Any = self.module
+        for part in self.targets[name].split("."):
+            value = getattr(value, part)
+        return value.detach()
+
+    def levels(self, solved: Collection[str]) -> dict[Node, int]:
+        """How many of the weights in `solved` lie one behind another in front of each node, its own included."""
+        level: dict[Node, int] = {}
+        holds: dict[Node, set[str]] = {}  # weights that static nodes give, perhaps turned
+        for node in self.nodes:
+            held = set().union(*(holds.get(a, ()) for a in node.all_input_nodes))
+            if node in self.static:
+                holds[node] = held | ({self.weights[node]} if node in self.weights else set())
+                held = set()
+            level[node] = max((level[a] for a in node.all_input_nodes), default=0) + bool(held & set(solved))
+        return level
+
+    def ancestors(self, wanted: Collection[Node]) -> set[Node]:
+        """These nodes and all that leads to them."""
+        found = set(wanted)
+        for node in reversed(self.nodes):
+            if node in found:
+                found.update(node.all_input_nodes)
+        return found
+
+
+class Lockstep:
+    """The original (side 0) and the pruned network (side 1), over batches that are held between the steps."""
+
+    def __init__(self, sides: Sequence[Side], frontier: Frontier) -> None:
+        self.sides = sides
+        self.frontier = frontier
+        self.done: list[set[Node]] = [set(s.inputs) for s in sides]
+
+    def append(self, inputs: Sequence[torch.Tensor]) -> None:
+        """A batch of inputs, in the models' order."""
+        self.frontier.append(
+            {(k, n.name): x for k, s in enumerate(self.sides) for n, x in zip(s.inputs, inputs, strict=True)}
+        )
+
+    def step(
+        self,
+        now: Sequence[Collection[Node]],
+        later: Sequence[Collection[Node]],
+        visit: Callable[[int, Sequence[Mapping[Node, Any]]], None],
+    ) -> None:
+        """Run both sides up to the nodes of `now`, and show their values batch by batch: visit(batch, values by node).
+        later: what is still to be asked for after this step."""
+        runs, keeps = [], []
+        for side, done, wanted, after in zip(self.sides, self.done, now, later, strict=True):
+            ahead = side.ancestors(wanted) - done
+            runs.append([n for n in side.nodes if n in ahead])
+            done |= ahead - side.static
+            still = side.ancestors(after) - done
+            keeps.append({n for n in done if n in after or any(u in still for u in n.users)})
+        ends = [_last_uses(run, set(w) | k) for run, w, k in zip(runs, now, keeps, strict=True)]
+        with torch.no_grad():
+            for batch in range(len(self.frontier)):
+                held = self.frontier.take(batch)
+                values = [self._run(k, runs[k], ends[k], held) for k in range(len(self.sides))]
+                visit(batch, values)
+                self.frontier.put(
+                    batch,
+                    {(k, n.name): env[n] for k, env in enumerate(values) for n in keeps[k] if n in env},
+                )
+
+    def _run(self, k: int, run: list[Node], ends: list[list[Node]], held: dict[Any, Any]) -> dict[Node, Any]:
+        side = self.sides[k]
+        by_name = {n.name: n for n in side.nodes}
+        env: dict[Node, Any] = {by_name[key[1]]: v for key, v in held.items() if key[0] == k}
+        side.interpreter.env = env
+        for node, over in zip(run, ends, strict=True):
+            env[node] = side.interpreter.run_node(node)
+            for n in over:
+                env.pop(n, None)
+        return env
+
+
+def _last_uses(run: list[Node], wanted: Collection[Node]) -> list[list[Node]]:
+    """Per node, whose values are not needed after it."""
+    last: dict[Node, int] = {}
+    for k, node in enumerate(run):
+        last[node] = k
+        for a in node.all_input_nodes:
+            last[a] = k
+    ends: list[list[Node]] = [[] for _ in run]
+    for node, k in last.items():
+        if node not in wanted:
+            ends[k].append(node)
+    return ends

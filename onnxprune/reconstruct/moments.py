@@ -1,0 +1,61 @@
+"""First and second moments of a linear layer's rows and of what they should give: all that its repair wants to know.
+
+Sums are in float64, over as many blocks of rows as come: the rows themselves are never kept. Layers of several groups
+(grouped convolutions, a weight per head) have moments per group: g groups, p columns and o outputs each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Moments"]
+
+
+@dataclass(eq=False, slots=True)
+class Moments:
+    """Sums over n rows x (p) and targets y (o). xx: (g, p, p), yx: (g, o, p), x: (g, p), y: (g, o), yy: (g, o)."""
+
+    n: int
+    xx: np.ndarray
+    yx: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    yy: np.ndarray
+
+    @classmethod
+    def zeros(cls, groups: int, columns: int, outputs: int) -> Moments:
+        shapes = ((columns, columns), (outputs, columns), (columns,), (outputs,), (outputs,))
+        return cls(0, *(np.zeros((groups, *s)) for s in shapes))
+
+    @staticmethod
+    def nbytes(groups: int, columns: int, outputs: int) -> int:
+        """Of moments of this size."""
+        return 8 * groups * (columns * (columns + outputs) + columns + 2 * outputs)
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """x: (g, n, p) and y: (g, n, o), float64."""
+        self.n += x.shape[1]
+        for k in range(len(x)):  # a matrix times its own transpose is half the work, which numpy knows of one matrix
+            self.xx[k] += x[k].T @ x[k]
+            self.yx[k] += y[k].T @ x[k]
+        self.x += x.sum(1)
+        self.y += y.sum(1)
+        self.yy += np.einsum("gno,gno->go", y, y)
+
+    def __iadd__(self, other: Moments) -> Moments:
+        self.n += other.n
+        for name in ("xx", "yx", "x", "y", "yy"):
+            getattr(self, name).__iadd__(getattr(other, name))
+        return self
+
+    def error(self, weight: np.ndarray, offset: np.ndarray) -> float:
+        """Sum of squares of x w' + offset - y over all rows and outputs. weight: (g, o, p), offset: (g, o)."""
+        predicted = np.einsum("gop,gop->", weight @ self.xx - 2 * self.yx, weight)
+        shifted = 2 * np.einsum("go,go->", offset, np.einsum("gop,gp->go", weight, self.x) - self.y)
+        return float(predicted + shifted + self.n * np.square(offset).sum() + self.yy.sum())
+
+    def spread(self) -> float:
+        """Sum of squares of y around its mean: the error of the best constant."""
+        return float(self.yy.sum() - np.square(self.y).sum() / max(self.n, 1))

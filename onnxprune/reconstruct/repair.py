@@ -1,0 +1,297 @@
+"""`repair`: the weights of a pruned model, solved for so that its layers give what the original's gave.
+
+1. The consumers of pruned groups are put in order: those that lie behind as many others are one step.
+2. In each step the original and the pruned network run on, side by side, to the consumers' inputs; moments of the
+   pruned network's rows and of the original's outputs are added up, over one part of the batches and over the rest.
+3. The ridge problem of each is solved (`solve`), and its new weight stands in the pruned network when that runs on.
+Each network runs once over the data, whatever the number of consumers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from onnxprune.axes.analysis import Analysis
+from onnxprune.data.source import Source
+from onnxprune.errors import DataError
+from onnxprune.model.graph import Model
+from onnxprune.model.infer import infer
+from onnxprune.ops.registry import Operator
+from onnxprune.reconstruct.consumers import Consumer, Left, consumers
+from onnxprune.reconstruct.frontier import Frontier
+from onnxprune.reconstruct.lockstep import Lockstep, Side
+from onnxprune.reconstruct.moments import Moments
+from onnxprune.reconstruct.solve import MODES, Solution, solve
+from onnxprune.rewrite.rewrite import rewrite
+from onnxprune.rewrite.weights import Path, with_weights
+from onnxprune.select.plan import Plan
+
+__all__ = ["ConsumerRepair", "Repaired", "repair"]
+
+SAMPLES = 512
+MEMORY = 2 << 30
+LARGEST_BATCH = 16
+BATCHES = 16  # at least, where there are as many samples: every fifth is held out
+HOLD_OUT = 5
+ROWS = 1 << 17
+ROWS_PER_COLUMN = 64
+
+Batches = Iterable[Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerRepair:
+    """What was done about one consumer.
+
+    mode: 'affine', 'ls', 'mean', or 'none' where no repair was better on the inputs that were held out. before, after:
+    error of its output there, relative to the output's variance, with the sliced and with the new weight (both with
+    what comes in front of it repaired). rows: of how many the moments are. condition: of the matrix that was solved for
+    (square root). seconds: for moments and solution. nbytes: of the moments.
+    """
+
+    label: str
+    op: str
+    groups: tuple[str, ...]
+    mode: str
+    ridge: float
+    condition: float
+    before: float
+    after: float
+    rows: int
+    columns: int
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """The pruned model with other weights, what was done for each consumer, and which were left and why.
+
+    samples: how many inputs were used; held_out: how many of them only to judge by. peak_bytes: of activations held in
+    memory between steps; spilled_bytes: of those written to files.
+    """
+
+    model: Model
+    consumers: tuple[ConsumerRepair, ...]
+    left: tuple[Left, ...]
+    samples: int
+    held_out: int
+    steps: int
+    seconds: float
+    peak_bytes: int
+    spilled_bytes: int
+
+
+def repair(
+    analysis: Analysis,
+    plan: Plan,
+    data: Source | Batches,
+    *,
+    mode: str = "affine",
+    samples: int = SAMPLES,
+    batch: int | None = None,
+    seed: int = 0,
+    memory_limit: int = MEMORY,
+    registry: Mapping[str, Operator] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Repaired:
+    """Give the pruned model the weights with which its layers come closest to the original's outputs.
+
+    data: a source, or batches of inputs by name; no labels are needed. samples: how many to take. batch: how many at a
+    time. mode: 'affine' (weights and biases), 'ls' (weights), 'mean' (biases), 'none'. memory_limit: bytes of
+    activations held in memory between steps, and again of moments; more goes to temporary files, or into more steps.
+    progress: called with the steps that are done, and their number.
+
+    The model is that of `rewrite(analysis, plan)` with other values in some stored tensors. Raises NotMirrored where
+    the model can't be run in torch, DataError where there is no data.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    start = time.perf_counter()
+    registry = registry or analysis.registry
+    graph = analysis.graph
+    model = rewrite(analysis, plan)
+    pruned = infer(model, registry, graph.pins)
+    found, left = consumers(analysis, plan, pruned)
+    if mode == "none" or not found:
+        return Repaired(model, (), tuple(left), 0, 0, 0, time.perf_counter() - start, 0, 0)
+    frontier = Frontier(memory_limit)
+    try:
+        sides = Side(graph, registry), Side(pruned, registry)
+        work = _Work(Lockstep(sides, frontier), found, mode, memory_limit, seed)
+        taken = work.load(data, samples, batch)
+        steps = work.steps()
+        for k in range(len(steps)):
+            progress(k, len(steps))
+            work.run(steps[k], [c for s in steps[k + 1 :] for c in s])
+        progress(len(steps), len(steps))
+    finally:
+        frontier.close()
+    values: dict[Path, np.ndarray] = {(name,): array for name, array in work.values.items()}
+    return Repaired(
+        with_weights(pruned, values),
+        tuple(work.reports),
+        (*left, *work.left),
+        taken,
+        work.held_out,
+        len(steps),
+        time.perf_counter() - start,
+        frontier.peak,
+        frontier.spilled,
+    )
+
+
+class _Work:
+    """values: the stored tensors that changed, by name."""
+
+    def __init__(self, run: Lockstep, found: Sequence[Consumer], mode: str, limit: int, seed: int) -> None:
+        self.lockstep, self.mode, self.limit, self.seed = run, mode, limit, seed
+        self.original, self.pruned = run.sides
+        self.values: dict[str, np.ndarray] = {}
+        self.reports: list[ConsumerRepair] = []
+        self.left: list[Left] = []
+        self.found: list[Consumer] = []
+        self.held_out = 0
+        self.sizes: list[int] = []
+        for consumer in found:
+            if consumer.weight in self.pruned.targets and consumer.x in self.pruned.places and self.aims(consumer):
+                self.found.append(consumer)
+            else:
+                reason = "its weight or its input has no tensor of its own in the mirror"
+                self.left.append(Left(consumer.label, consumer.op, consumer.groups, reason))
+
+    def load(self, data: Source | Batches, samples: int, batch: int | None) -> int:
+        """Take the inputs; returns how many."""
+        names = self.original.module.meta["inputs"]
+        for inputs in _batches(data, samples, batch, self.seed):
+            self.lockstep.append([_as_tensor(inputs[n]) for n in names])
+            self.sizes.append(len(inputs[names[0]]) if np.ndim(inputs[names[0]]) else 1)
+        if not self.sizes:
+            raise DataError("there are no inputs to repair the model on", "give at least one batch")
+        self.held_out = sum(n for k, n in enumerate(self.sizes) if self.is_held(k))
+        return sum(self.sizes)
+
+    def is_held(self, batch: int) -> bool:
+        every = HOLD_OUT if len(self.sizes) >= HOLD_OUT else max(len(self.sizes), 2)
+        return batch % every == every - 1
+
+    def steps(self) -> list[list[Consumer]]:
+        """Consumers that are solved for together: as many others lie in front of them, and their moments fit."""
+        levels = self.pruned.levels({c.weight for c in self.found})
+        by_level: dict[int, list[Consumer]] = {}
+        for consumer in self.found:
+            by_level.setdefault(levels[self.pruned.places[consumer.x]], []).append(consumer)
+        steps: list[list[Consumer]] = []
+        for level in sorted(by_level):
+            room = 0
+            for consumer in by_level[level]:
+                size = 2 * Moments.nbytes(*consumer.sizes())
+                if room < size:
+                    steps.append([])
+                    room = max(self.limit, size)
+                steps[-1].append(consumer)
+                room -= size
+        return steps
+
+    def aims(self, consumer: Consumer) -> list[Node]:
+        """What of the original a consumer's targets are made from."""
+        name = consumer.source or consumer.y
+        return [self.original.places[name]] if name in self.original.places else []
+
+    def run(self, step: Sequence[Consumer], later: Sequence[Consumer]) -> None:
+        pairs = [(Moments.zeros(*c.sizes()), Moments.zeros(*c.sizes())) for c in step]
+        seconds = [0.0] * len(step)
+
+        def wanted(some: Sequence[Consumer]) -> tuple[set[Node], set[Node]]:
+            return {n for c in some for n in self.aims(c)}, {self.pruned.places[c.x] for c in some}
+
+        def visit(batch: int, values: Sequence[Mapping[Node, Tensor]]) -> None:
+            for k, consumer in enumerate(step):
+                start = time.perf_counter()
+                x = consumer.form.linear.unfold(values[1][self.pruned.places[consumer.x]])
+                y = self.target(consumer, values[0][self.aims(consumer)[0]])
+                limit = -(-max(ROWS, ROWS_PER_COLUMN * consumer.sizes()[1]) // len(self.sizes))
+                rng = np.random.default_rng((self.seed, batch))
+                for rows, targets in consumer.form.blocks(x, y, limit, rng):
+                    pairs[k][self.is_held(batch)].add(rows, targets)
+                seconds[k] += time.perf_counter() - start
+
+        self.lockstep.step(wanted(step), wanted(later), visit)
+        for k, consumer in enumerate(step):
+            self.finish(consumer, *pairs[k], seconds[k])
+            pairs[k] = (Moments.zeros(0, 0, 0),) * 2
+
+    @staticmethod
+    def target(consumer: Consumer, tensor: Tensor) -> Tensor:
+        """What a consumer's output should be, with the axes of its rule's third term."""
+        if consumer.original is None:
+            for axis, mask in enumerate(consumer.kept):
+                tensor = tensor if mask is None else tensor.index_select(axis, torch.from_numpy(mask))
+            return consumer.form.linear.unfold_output(tensor)
+        whole, weight = consumer.original
+        names = {n: chr(ord("a") + k) for k, n in enumerate(dict.fromkeys(n for t in whole.linear.terms for n in t))}
+        x, w, y = ("".join(names[n] for n in t) for t in whole.linear.terms)
+        return torch.einsum(f"{x},{w}->{y}", whole.linear.unfold(tensor).double(), torch.from_numpy(weight))
+
+    def finish(self, consumer: Consumer, fit: Moments, held: Moments, seconds: float) -> None:
+        start = time.perf_counter()
+        stored = self.pruned.tensor(consumer.weight)
+        place = consumer.place if consumer.place is not None and consumer.place.name in self.pruned.targets else None
+        weight = consumer.form.matrix(stored.double().numpy())
+        rows = fit.n + held.n
+        solution = solve(fit, held, weight, consumer.offset, self.mode, free=place is not None)
+        if solution.mode in ("ls", "affine"):
+            self.exchange(consumer.weight, consumer.form.stored(solution.weight, tuple(stored.shape)))
+        if solution.mode in ("mean", "affine") and place is not None:
+            change = place.lay((solution.offset - consumer.offset).reshape(-1))
+            self.exchange(place.name, self.pruned.tensor(place.name).double().numpy() + change)
+        self.reports.append(self.report(consumer, solution, rows, seconds + time.perf_counter() - start))
+
+    def exchange(self, name: str, array: np.ndarray) -> None:
+        tensor = self.pruned.tensor(name)
+        tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        self.values[name] = tensor.numpy().copy()
+
+    @staticmethod
+    def report(consumer: Consumer, solution: Solution, rows: int, seconds: float) -> ConsumerRepair:
+        return ConsumerRepair(
+            consumer.label,
+            consumer.op,
+            consumer.groups,
+            solution.mode,
+            solution.ridge,
+            solution.condition,
+            solution.before,
+            solution.after,
+            rows,
+            consumer.sizes()[1],
+            seconds,
+            2 * Moments.nbytes(*consumer.sizes()),
+        )
+
+
+def _batches(data: Source | Batches, samples: int, batch: int | None, seed: int) -> Iterator[Mapping[str, np.ndarray]]:
+    """At most so many samples."""
+    if isinstance(data, Source):
+        count = min(samples, data.size or samples)
+        size = batch or max(1, min(LARGEST_BATCH, count // BATCHES))
+        data = (b.inputs for b in data.batches(size, seed=seed, shuffle=True))
+    left = samples
+    for inputs in data:
+        if left <= 0:
+            return
+        count = min((len(a) for a in inputs.values() if np.ndim(a)), default=1)
+        yield inputs
+        left -= count
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
+    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)
