@@ -21,6 +21,7 @@ import click
 from onnxprune._version import __version__
 from onnxprune.errors import OnnxPruneError, UsageError
 from onnxprune.options import training_arguments, training_options
+from onnxprune.train.methods import METHODS, ONESHOT
 
 __all__ = ["main"]
 
@@ -193,6 +194,19 @@ def _parse_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str,
     return shapes
 
 
+def _parse_options(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=VALUE`, each name once."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, text = (part.strip() for part in value.partition("="))
+        if not name or not equals:
+            raise click.BadParameter(f"'{value}' is no option of a method, such as share=0.5", ctx, param)
+        if name in found:
+            raise click.BadParameter(f"'{name}' is given twice", ctx, param)
+        found[name] = text
+    return found
+
+
 def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str:
     """Of two targets the last would silently win."""
     if len(value) > 1:
@@ -258,7 +272,23 @@ def main() -> None:
     multiple=True,
     callback=_one_target,
     metavar="KEY=VALUE",
-    help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G or channels=0.5.",
+    help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G, channels=0.5, latency=0.6 or latency=12ms "
+    "(measured here in onnxruntime, with --threads).",
+)
+@_option(
+    "--method",
+    type=click.Choice((ONESHOT, *METHODS)),
+    default=ONESHOT,
+    show_default=True,
+    help="Remove what matters least at once, or make it vanish in training first (all others; with --data).",
+)
+@_option(
+    "--method-option",
+    "method_options",
+    multiple=True,
+    callback=_parse_options,
+    metavar="NAME=VALUE",
+    help="An option of the method, such as share=0.5, the part of the training before the removal. May be repeated.",
 )
 @_option(
     "--importance",
@@ -317,7 +347,8 @@ def compress(
 ) -> None:
     """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default).
 
-    With --data the pruned model is trained on it, by default to give what the original gives.
+    With --data the pruned model is trained on it, by default to give what the original gives. Other methods than
+    oneshot train the whole model first, until the units that are to go are zero.
     """
     path = Path(model)
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")

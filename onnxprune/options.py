@@ -23,6 +23,7 @@ SETTINGS = (
     "accumulate",
     "warmup",
     "schedule",
+    "milestones",
     "clip",
     "ema",
     "amp",
@@ -44,6 +45,18 @@ class _Duration(click.ParamType):
         if match is None or float(match[1]) <= 0:
             self.fail(f"'{value}' is no duration, such as 30m, 90s or 1.5h", param, ctx)
         return float(match[1]) * _UNITS[match[2]]
+
+
+class _Milestones(click.ParamType):
+    """0.25,0.5,0.75"""
+
+    name = "shares"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"'{value}' are no shares, such as 0.25,0.5,0.75", param, ctx)
 
 
 class _Drop(click.ParamType):
@@ -84,11 +97,14 @@ _OPTIONS = (
     click.option("--max-drop", type=_Drop(), metavar="1%", help="Refuse a result whose metric falls by more: exit 4."),
     click.option("--batch-size", "batch", type=_count, help="Samples per step."),
     click.option("--accumulate", type=_count, help="Compute each step in N parts, to save memory."),
-    click.option("--optimizer", type=click.Choice(("sgd", "adamw")), help="What moves the weights."),
+    click.option("--optimizer", type=click.Choice(("sgd", "adam", "adamw")), help="What moves the weights."),
     click.option("--lr", type=_above_zero, help="Highest learning rate."),
     click.option("--momentum", type=_share, help="Of SGD."),
     click.option("--weight-decay", type=click.FloatRange(0), help="Not applied to biases and scales."),
-    click.option("--schedule", type=click.Choice(("cosine", "linear", "constant")), help="How the rate falls."),
+    click.option("--schedule", type=click.Choice(("cosine", "linear", "constant", "steps")),
+                 help="How the rate falls."),
+    click.option("--milestones", type=_Milestones(), metavar="SHARES",
+                 help="Where --schedule steps divides the rate by 10; 0.25,0.5,0.75 unless told otherwise."),
     click.option("--warmup", type=_share, help="Share of the training in which the rate rises."),
     click.option("--clip", type=_above_zero, help="Bound of the gradients' norm."),
     click.option("--ema", type=_share, help="End with a running average of the weights, of this decay."),

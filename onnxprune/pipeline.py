@@ -1,4 +1,7 @@
-"""compress(): load, analyse, select, rewrite, verify, in that order, with plain values between."""
+"""compress(): load, analyse, select, rewrite, verify, in that order, with plain values between.
+
+A method in training comes between select and rewrite: it gives the trained network, and which of its units are zero.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnxprune.accuracy import DEFAULT_RECIPE, TRAINED_KEY, Recipe, Work, is_first_process
+from onnxprune.accuracy import DEFAULT_RECIPE, TRAINED_KEY, Recipe, Work, is_first_process, training_imports
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.analysis import analyse as analyse_graph
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
@@ -31,7 +34,9 @@ from onnxprune.select.align import aligned_counts, block_size
 from onnxprune.select.choose import Choice, choose
 from onnxprune.select.importance import Criterion
 from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_settings
-from onnxprune.select.target import parse_target
+from onnxprune.select.target import Target, parse_target
+from onnxprune.sparsify import Wanted, Zeroed, prove_zero
+from onnxprune.train.methods import ONESHOT, Method, find_method
 from onnxprune.train.settings import TrainSettings
 from onnxprune.verify.equivalence import prove
 from onnxprune.verify.trained import prove_trained
@@ -39,7 +44,9 @@ from onnxprune.verify.trained import prove_trained
 if TYPE_CHECKING:
     import torch.fx
 
+    from onnxprune.latency.search import Reached
     from onnxprune.train.log import Row
+    from onnxprune.train.sparsify import Sparsifier
 
 __all__ = ["Inspection", "analyse", "compress", "inspect", "mirror", "verify"]
 
@@ -84,6 +91,8 @@ def compress(
     output: str | os.PathLike[str] | None = None,
     *,
     target: str,
+    method: str | type[Sparsifier] = ONESHOT,
+    method_options: Mapping[str, Any] | None = None,
     importance: str | Criterion = "l2",
     scope: str = "global",
     floor: float = 0.1,
@@ -113,7 +122,11 @@ def compress(
     it.
 
     output: where to write; nothing is written where it is None (the pruned model is in the result).
-    target: what is to remain, such as 'macs=0.5', 'params=40%', 'size=5MB', 'macs=1.2G', 'channels=0.5'.
+    target: what is to remain, such as 'macs=0.5', 'params=40%', 'size=5MB', 'macs=1.2G', 'channels=0.5',
+        'latency=0.6' or 'latency=12ms' in onnxruntime on this machine with `threads` threads.
+    method: 'oneshot' removes the units of least importance; 'dhspg', 'hesso', 'tpp', 'greg', 'fixreg', 'imp' and 'issp'
+        (`train.methods`) drive units to zero in training on `data` and then remove them. method_options: by name;
+        'share' is the part of the training that comes before the removal. importance: for 'oneshot'.
     deploy, align: the block that kept counts are multiples of (`select.align`). floor: least share a group keeps.
     exclude: regular expressions of initializer and node names to leave alone.
     input_shapes: sizes of inputs with symbolic dimensions, for costs, the proof and latency.
@@ -129,7 +142,13 @@ def compress(
     written (but for checkpoints in run_dir).
     """
     goal = parse_target(target)
+    if goal.metric == "latency" and method != ONESHOT:
+        raise UsageError(
+            f"target {goal.text} is planned by measuring, and method {method} plans in training",
+            "find out what it takes with --method oneshot --dry-run, and ask for that with macs=",
+        )
     block = block_size(deploy, align)
+    chosen = _method(method, method_options, data)
     first = is_first_process()
     destination = None if output is None or not first else _free(Path(output), model, force)
     clock = _Clock(progress)
@@ -144,6 +163,7 @@ def compress(
         recipe,
         registry=registry,
         threads=threads,
+        method=chosen,
         run_dir=run_dir,
         resume=resume,
     )
@@ -152,16 +172,25 @@ def compress(
     clock.start("select")
     name = Path(graph.model.source).name or "model"
     before = summary(graph.model, name, costs(analysis))
-    choice = choose(
+    wanted = Wanted(target=goal, scope=scope, floor=floor, align=block, allow_inexact=allow_inexact)
+    families = None if chosen is None or work is None else work.families(analysis, allow_inexact=allow_inexact)
+    plan = partial(
+        choose,
         analysis,
-        goal,
         importance=importance,
         scope=scope,
         floor=floor,
         align=block,
         allow_inexact=allow_inexact,
         seed=seed,
+        only=families,
     )
+    measured = None
+    if goal.metric == "latency":
+        measured = _measured(analysis, goal, plan, block, allow_inexact=allow_inexact, best_effort=best_effort,
+                             threads=threads, shapes=input_shapes, seed=seed, progress=progress,
+                             run_dir=run_dir, resume=resume)  # fmt: skip
+    choice = plan(goal) if measured is None else measured.choice
     result = Result(
         before,
         None,
@@ -171,6 +200,7 @@ def compress(
         align=choice.align,
         aligned=aligned_counts(analysis, choice.plan, block),
         warnings=_warnings(graph, choice, block),
+        latency=None if measured is None else measured.latency,
     )
     if not choice.outcome.met and not best_effort:
         raise TargetNotReached(
@@ -179,26 +209,39 @@ def compress(
             "ask for less, or write the closest model with --best-effort",
         )
     if dry_run:
+        if chosen is not None:
+            result.warnings.append(
+                f"method {chosen.name} chooses units in training; those of the lowest {importance} stand here"
+            )
         result.timing = clock.stop()
         return result
+    in_training: dict[str, Any] = {"run_dir": run_dir, "resume": resume, "shapes": input_shapes, "on_step": on_step}
+    zero = None
+    if chosen is not None and work is not None and families is not None:
+        clock.start("sparsify")
+        zero = work.zeroed(analysis, wanted, families, chosen, warnings=result.warnings, **in_training)
+        _take(result, zero, block, best_effort=best_effort)
     clock.start("rewrite")
-    pruned = rewrite(analysis, choice.plan)
+    pruned = rewrite(result.analysis, result.plan)
 
     def produce(path: Path) -> None:
         pruned.nbytes = _written(pruned, path)
         clock.start("verify")
-        result.verification = prove(analysis, choice.plan, path, seed=seed, shapes=input_shapes, model=pruned)
+        result.verification = prove(result.analysis, result.plan, path, seed=seed, shapes=input_shapes, model=pruned)
+        if result.sparsified is not None:
+            prove_zero(result, path, seed=seed, shapes=input_shapes, model=pruned)
         smaller = infer(open_model(path), registry, graph.pins)
         result.model = pruned
         if work is not None:
-            how = partial(work.run, run_dir=run_dir, resume=resume, shapes=input_shapes, on_step=on_step)
-            smaller = how(smaller, path, result, stage=clock.start)
+            smaller = work.run(smaller, path, result, stage=clock.start, before=zero, **in_training)
             result.model = smaller.model
         shown = destination.name if destination else f"{name} (pruned)"
         result.after = summary(smaller.model, shown, costs(analyse_graph(smaller, registry=registry)))
-        if latency and first and graph.model.source:
+        if (latency if measured is None else work is not None) and first and graph.model.source:
             clock.start("latency")
             result.latency = _latency(graph.model.source, path, threads, input_shapes, seed, result.warnings)
+            if measured is not None and result.latency is not None:
+                result.target = measured.outcome(goal, result.latency, result.warnings)
         clock.start("write")
 
     if destination is None:
@@ -288,6 +331,28 @@ def verify(
     return prove(analysis, plan, Path(pruned), seed=seed, shapes=input_shapes, model=small)
 
 
+def _method(method: str | type[Sparsifier], options: Mapping[str, Any] | None, data: object) -> Method | None:
+    """The method in training that was asked for, None for one-shot. Raises UsageError."""
+    if method != ONESHOT and data is None:
+        name = method if isinstance(method, str) else method.__name__
+        raise UsageError(f"the method {name} works in training, which wants data", "give it with --data")
+    with training_imports():
+        return find_method(method, options)
+
+
+def _take(result: Result, zero: Zeroed, block: int, *, best_effort: bool) -> None:
+    """Go on with a trained network whose zero units are the plan. Raises TargetNotReached."""
+    result.analysis, result.plan, result.target = zero.analysis, zero.plan, zero.outcome
+    result.sparsified, result.align = zero.summary, zero.block
+    result.aligned = aligned_counts(zero.analysis, zero.plan, block)
+    if not zero.outcome.met and not best_effort:
+        raise TargetNotReached(
+            f"the method {zero.summary.method} left {zero.outcome.reached:.1%} of {zero.outcome.metric} after "
+            f"{zero.summary.steps} steps, more than {zero.outcome.spec}",
+            "train longer (--steps), or write the closest model with --best-effort",
+        )
+
+
 def _load(
     model: str | os.PathLike[str] | onnx.ModelProto, registry: Mapping[str, Operator], shapes: Shapes | None
 ) -> Graph:
@@ -350,6 +415,24 @@ def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
     if graph.problems:
         found.append(f"{len(graph.problems)} nodes whose shapes could not be inferred, such as {graph.problems[0]}")
     return found
+
+
+def _measured(
+    analysis: Analysis,
+    goal: Target,
+    plan: Callable[..., Choice],
+    block: int,
+    *,
+    run_dir: str | os.PathLike[str] | None,
+    resume: bool,
+    **how: Any,
+) -> Reached:
+    """The plan for a latency, found by measuring."""
+    from onnxprune.latency.keep import reached_once
+    from onnxprune.latency.search import reach
+
+    search = partial(reach, analysis, goal, plan, align=block, **how)
+    return reached_once(search, analysis, goal, run_dir=run_dir, resume=resume)
 
 
 def _latency(

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxprune.axes.analysis import Analysis
     from onnxprune.model.graph import Model
     from onnxprune.select.plan import Plan
 
-__all__ = ["Accuracy", "Latency", "LatencyStats", "ModelSummary", "Result", "TargetOutcome", "Training", "Verification"]
+__all__ = [
+    "Accuracy",
+    "Latency",
+    "LatencyStats",
+    "ModelSummary",
+    "Result",
+    "Sparsified",
+    "TargetOutcome",
+    "Training",
+    "Verification",
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ class Latency:
 
 @dataclass(frozen=True)
 class Training:
-    """How the pruned model was trained. seconds: over all parts of a run that was resumed.
+    """How the model was trained: after the surgery, and before it where a method works in training (`Sparsified` says
+    which part that was). seconds: over all parts of a run that was resumed.
 
     first_loss, last_loss: of the first step, and the mean of the last ones. backoffs: how often the rate was halved.
     batchnorms_inserted: put in for training, and folded again. mirror_error_*: the torch module against the file in
@@ -107,6 +118,29 @@ class Training:
     batchnorms_inserted: int
     mirror_error_before: float
     mirror_error_after: float | None
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """What a method that works in training did to the whole network, before anything was removed.
+
+    options: the method's, as it had them. share: part of the training; steps, seconds: that it took.
+    units, zero: of all families that it may prune, and those that are exactly zero and were removed.
+    max_rel_error: the trained network, its zero units in place, against the one without them in onnxruntime; None where
+    inexact groups were pruned, whose removal changes the function.
+    families: per family 'family' (the group's id), 'units', 'left', 'redundant', 'sparsity', 'smallest_kept' and
+    'largest_redundant' (norms), 'angles' (statistics that the method decides by, means over the family's units).
+    """
+
+    method: str
+    options: Mapping[str, Any]
+    share: float
+    steps: int
+    seconds: float
+    units: int
+    zero: int
+    max_rel_error: float | None
+    families: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +168,7 @@ class Result:
     analysis: Analysis
     verification: Verification | None = None
     latency: Latency | None = None
+    sparsified: Sparsified | None = None
     training: Training | None = None
     accuracy: Accuracy | None = None
     output: str | None = None

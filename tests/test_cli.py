@@ -124,6 +124,12 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
         tiny_cnn,
         "--target",
         "params=40%",
+        "--method",
+        "hesso",
+        "--method-option",
+        "share=0.2",
+        "--method-option",
+        "periods = 3",
         "--importance",
         "fpgm",
         "--scope",
@@ -158,6 +164,8 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
     assert (seen.pop("recipe"), seen.pop("resume")) == (Recipe(), False)
     assert seen == {
         "target": "params=40%",
+        "method": "hesso",
+        "method_options": {"share": "0.2", "periods": "3"},
         "importance": "fpgm",
         "scope": "local",
         "floor": 0.25,

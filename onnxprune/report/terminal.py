@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from onnxprune.axes.analysis import Analysis, Group
-    from onnxprune.result import Accuracy, Latency, LatencyStats, ModelSummary, Result, Training, Verification
+    from onnxprune.result import (
+        Accuracy,
+        Latency,
+        LatencyStats,
+        ModelSummary,
+        Result,
+        Sparsified,
+        Training,
+        Verification,
+    )
     from onnxprune.verify.latency import Bench
 
 __all__ = [
@@ -39,6 +48,8 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
     parts = [summary_table(result, verbose=verbose), _target_line(result)]
     if result.verification is not None:
         parts.append(verify_line(result.verification))
+    if result.sparsified is not None:
+        parts.append(_method_line(result.sparsified, result.training))
     if result.training is not None:
         parts.append(_training_line(result.training))
     if result.latency is not None:
@@ -48,7 +59,9 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
     elif result.after is None:
         parts.append("dry run: nothing was written")
     if verbose:
-        parts += ["", _plan_table(result), _timing_line(result.timing)]
+        parts += ["", _plan_table(result)]
+        parts += [_family_table(result.sparsified)] if result.sparsified is not None else []
+        parts += [_timing_line(result.timing)]
     return "\n".join(parts)
 
 
@@ -97,6 +110,36 @@ def _accuracy_rows(a: Accuracy) -> list[list[str]]:
     if a.pruned is not None:
         rows.append(["  before training", "", shown(a.pruned), ""])
     return rows
+
+
+def _method_line(s: Sparsified, training: Training | None) -> str:
+    """What a method in training did to the whole network, and that removing its zero units changed nothing."""
+    of = f" of {training.steps}" if training is not None else ""
+    proof = "" if s.max_rel_error is None else f", removed at a relative error of {_power(s.max_rel_error)}"
+    return f"method: {s.method}, {s.steps}{of} steps on the whole network, {s.zero} of {s.units} units zero{proof}"
+
+
+def _family_table(s: Sparsified) -> str:
+    """A row per family."""
+
+    def norm(value: float) -> str:
+        return f"{value:.3g}" if value == value else "–"
+
+    angles = list(dict.fromkeys(name for f in s.families for name in f["angles"]))
+    rows = [
+        [
+            f["family"],
+            str(f["units"]),
+            str(f["left"]),
+            _percent(f["sparsity"]),
+            norm(f["smallest_kept"]),
+            norm(f["largest_redundant"]),
+            *(norm(f["angles"].get(name, float("nan"))) for name in angles),
+        ]
+        for f in s.families
+    ]
+    head = ["group", "units", "left", "zero", "least norm kept", "largest norm gone", *angles]
+    return _table(head, rows, widths=(8, 8, 8, 8, 16, 18, *[16] * len(angles)), right=set(range(1, len(head))))
 
 
 def _training_line(t: Training) -> str:

@@ -1,7 +1,8 @@
-"""Accuracy won back after the surgery: the small network is trained as a mirror, and its weights go into the file.
+"""Training for a file: the network in it is trained as a mirror, and the weights go back into the model.
 
-The mirror is compared with onnxruntime on the pruned file before anything is trained, and on the written file after
-it: between the two only weights have changed.
+That wins accuracy back after the surgery, and is how a method in training has its say before it (`hooks`). The mirror
+is compared with onnxruntime on the file before anything is trained, and on the written file after it: between the two
+only weights have changed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from onnxprune.data.signature import Signature, signature_of
 from onnxprune.data.source import Source, open_data
 from onnxprune.errors import VerificationFailed
 from onnxprune.mirroring import mirror
-from onnxprune.mirroring.rebn import channel_moments, fold, freeze_statistics, has_normalisation, rebn
+from onnxprune.mirroring.rebn import Moments, channel_moments, fold, freeze_statistics, has_normalisation, rebn
 from onnxprune.mirroring.values import stored_values
 from onnxprune.model.graph import Graph, Model
 from onnxprune.ops.registry import Operator
@@ -39,18 +40,34 @@ from onnxprune.train.hooks import Hooks
 from onnxprune.train.log import Row
 from onnxprune.train.loop import train
 from onnxprune.train.loss import criterion, output_kinds
+from onnxprune.train.schedule import Position
 from onnxprune.train.settings import TrainSettings
+from onnxprune.train.sparsify import Sparsifier
 from onnxprune.verify.compare import difference
 from onnxprune.verify.equivalence import tolerance
 from onnxprune.verify.probes import behind_selection
 from onnxprune.verify.runs import Shapes, feeds_that_run, session
 
-__all__ = ["Recovery", "kept_channels", "mirror_error"]
+__all__ = ["Recovery", "Trained", "kept_channels", "mirror_error"]
 
 Kept = Callable[[str], "np.ndarray | None"]
 
 CALIBRATION_BATCHES = 8
 SMALLEST_BATCH = 2  # of fewer samples there are no statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A model with its new weights, how that went, the trained mirror, and where the run ended.
+
+    families: rows of what the hooks told of every family of units in the end.
+    """
+
+    model: Model
+    report: Training
+    module: GraphModule
+    position: Position
+    families: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(eq=False)
@@ -71,6 +88,7 @@ class Recovery:
     rebn: bool | None
     signature: Signature
     identity: Mapping[str, Any]
+    _moments: Moments | None = field(default=None, init=False)
 
     @classmethod
     def prepared(
@@ -110,18 +128,27 @@ class Recovery:
         }
         return cls(settings, source, original, registry, chosen, whole, rebn, signature, identity)
 
-    def look_into(self, run_dir: Path, *, resume: bool) -> None:
+    def look_into(
+        self,
+        run_dir: Path,
+        *,
+        resume: bool,
+        span: tuple[float, float] = (0.0, 1.0),
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         """Raise UsageError where the run directory is in use, holds a run that is not to be resumed, or one under other
-        settings, as far as they are known before the surgery."""
-        about = {**self.settings.decisive(), **self.identity}
+        settings, as far as they are known before the work. span, identity: as `run` will be given them."""
+        about = {**replace(self.settings, span=span).decisive(), **self.identity, **(identity or {})}
         RunDir(run_dir, about=about, keep=self.settings.keep, notify=lambda _: None).look(resume=resume)
 
     def run(
         self,
-        pruned: Graph,
+        graph: Graph,
         path: Path,
         *,
-        left: Kept = lambda _: None,
+        left: Kept | None = lambda _: None,
+        span: tuple[float, float] = (0.0, 1.0),
+        start: Position | None = None,
         shapes: Shapes = None,
         run_dir: Path | None = None,
         resume: bool = False,
@@ -129,32 +156,39 @@ class Recovery:
         hooks: Hooks | None = None,
         progress: Callable[[Row], None] | None = None,
         notify: Callable[[str], None] = lambda _: None,
-    ) -> tuple[Model, Training, GraphModule]:
-        """Train the pruned model, which stands in `path` too; gives it with its new weights, how it went, and the
-        trained mirror. left: the channels that are left of those that a convolution's weight makes, by its name."""
-        student = self._student(pruned)
-        before = mirror_error(student, pruned, path, registry=self.registry, seed=self.settings.seed, shapes=shapes)
+    ) -> Trained:
+        """Train a model, the original or what is left of it, which stands in `path` too.
+
+        left: the channels that are left of those that a convolution's weight makes, by its name: they are normalised to
+            what they are in the original. None: to what they are in this model, which has other weights.
+        span, start: the part of the training that this is, and where the part before it ended.
+        """
+        settings = replace(self.settings, span=span)
+        student = self._student(graph)
+        before = mirror_error(student, graph, path, registry=self.registry, seed=settings.seed, shapes=shapes)
         inserted = self.normalise(student, left)
         result = train(
             student,
             self.source,
             self.criterion,
-            self.settings,
+            settings,
             input_names=student.meta["inputs"],
             output_names=student.meta["outputs"],
             teacher=self.whole if self.criterion.needs_teacher else None,
             run_dir=run_dir,
             resume=resume,
+            start=start,
             identity={
                 **self.identity,
                 **(identity or {}),
                 "normalisations put back": inserted,
-                "pruned model": fingerprint(pruned),
+                **self._known_by(graph),
             },
             hooks=hooks,
             progress=progress,
             notify=notify,
         )
+        families = tuple(state.row() for state in hooks.families()) if isinstance(hooks, Sparsifier) else ()
         student.eval()
         fold(student)
         report = Training(
@@ -172,12 +206,22 @@ class Recovery:
             mirror_error_before=before,
             mirror_error_after=None,
         )
-        return with_weights(pruned, stored_values(student)), report, student
+        return Trained(with_weights(graph, stored_values(student)), report, student, result.position, families)
 
-    def _student(self, pruned: Graph) -> GraphModule:
-        student = mirror(pruned, half=torch.float32, registry=self.registry)
-        fixed = signature_of(pruned)
-        if self._freed and not free_batch(student, pruned, fixed, doubt=True, seed=self.settings.seed):
+    def _known_by(self, graph: Graph) -> Mapping[str, str]:
+        """What tells a model from others. Of a pruned one the weights are those of the original, chosen by the plan."""
+        if graph is not self.original:
+            return {"pruned model": fingerprint(graph)}
+        digest = hashlib.sha256()
+        for name in graph.parameters:
+            digest.update(graph.array(name).tobytes())
+            graph.release(name)
+        return {"model": fingerprint(graph), "weights": digest.hexdigest()[:12]}
+
+    def _student(self, graph: Graph) -> GraphModule:
+        student = mirror(graph, half=torch.float32, registry=self.registry)
+        fixed = signature_of(graph)
+        if self._freed and not free_batch(student, graph, fixed, doubt=True, seed=self.settings.seed):
             raise VerificationFailed(
                 f"the original in torch takes any number of samples, the pruned model only {fixed.batch} at a time",
                 f"--batch-size {fixed.batch} trains on that many; and please report the model's graph",
@@ -195,18 +239,22 @@ class Recovery:
         fixed = signature_of(self.original).batch
         return f"{self.source.description}, {self.settings.batch} at a time, where the file takes {fixed}"
 
-    def normalise(self, student: GraphModule, left: Kept) -> int:
+    def normalise(self, student: GraphModule, left: Kept | None) -> int:
         """Put folded BatchNormalization back where that was asked for or, where nothing was said, where there is none
-        and the batch allows it; and freeze its statistics where the batch is too small for them."""
+        and the batch allows it; and freeze its statistics where the batch is too small for them. left: see `run`."""
         forward = self.signature.batch or self.settings.batch // self.settings.accumulate
         if forward < SMALLEST_BATCH or self.signature.whole:
             freeze_statistics(student)
             return 0
         if self.rebn is False or (self.rebn is None and has_normalisation(student)):
             return 0
+        if left is None:
+            return rebn(student, channel_moments(student, self.calibration(student)))
+        if self._moments is None:
+            self._moments = channel_moments(self.whole, self.calibration(student))
         names = {target: path[-1] for target, path in self.whole.meta["parameters"].items()}
         moments = {}
-        for target, (mean, variance) in channel_moments(self.whole, self.calibration(student)).items():
+        for target, (mean, variance) in self._moments.items():
             indices = left(names[target])
             channels = slice(None) if indices is None else torch.from_numpy(indices)
             moments[target] = mean[channels], variance[channels]

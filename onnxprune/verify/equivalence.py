@@ -50,17 +50,19 @@ def prove(
     seed: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
     model: Model | None = None,
+    unmasked: bool = False,
 ) -> Verification:
     """Run both models on at least three input sets that cover every dynamic dimension at two sizes.
 
-    pruned: the file to prove; model: the same in memory, where it is at hand.
+    pruned: the file to prove; model: the same in memory, where it is at hand. unmasked: the reference is the original
+    as it is, whose removed units should be zero by themselves.
     Raises VerificationFailed where they differ or the pruned model is invalid, ModelRejected where onnxruntime can't
     run the original.
     """
     check(pruned, analysis.graph.model)
     with tempfile.TemporaryDirectory(prefix="onnxprune-") as folder:
         path = Path(folder) / "masked.onnx"
-        reference = masked(analysis, plan)
+        reference = analysis.graph.model if unmasked else masked(analysis, plan)
         limit = tolerance(analysis.graph, analysis.registry)
         write(reference, path)
         feeds, wanted = feeds_that_run(analysis.graph, session(path), seed, shapes)
@@ -74,8 +76,9 @@ def prove(
                 notes = (f"compared at {len(probes.tensors)} tensors in front of operators that select",)
     shown = tuple({k: v.shape for k, v in f.items()} for f in feeds)
     if relative > limit:
+        other = "trained network" if unmasked else "masked original"
         raise VerificationFailed(
-            f"the pruned model differs from the masked original: relative error {relative:.2e}, tolerance {limit:.0e}",
+            f"the pruned model differs from the {other}: relative error {relative:.2e}, tolerance {limit:.0e}",
             "this is a bug of onnxprune: please report the model's graph",
         )
     return Verification(True, absolute, relative, limit, len(feeds), shown, notes)

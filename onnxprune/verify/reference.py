@@ -25,7 +25,7 @@ from onnxprune.ops.rules import Kind
 from onnxprune.rewrite.edit import Change, Edit
 from onnxprune.select.plan import Plan
 
-__all__ = ["masked"]
+__all__ = ["masked", "not_zero"]
 
 
 def masked(analysis: Analysis, plan: Plan) -> Model:
@@ -43,12 +43,28 @@ def masked(analysis: Analysis, plan: Plan) -> Model:
     return edit.build()
 
 
-def _zeroed(groups: Sequence[Group]) -> dict[Use, list[tuple[int, Atom]]]:
+def not_zero(analysis: Analysis, plan: Plan) -> list[str]:
+    """Parameters that produce removed units and are not exactly zero there, as a model's are after training with a
+    method that makes units vanish."""
+    keep = plan.by_atom(analysis)
+    edit = Edit(analysis.graph)
+    found = []
+    for use, axes in _zeroed(plan.pruned(analysis), producing_only=True).items():
+        _zero(analysis, edit, use, axes, keep)
+        name = analysis.graph.nodes[use[0]].inputs[use[1]]
+        array = analysis.graph.array(name)
+        if not np.array_equal(edit.changes[use].make(array), array):
+            found.append(name)
+        analysis.graph.release(name)
+    return found
+
+
+def _zeroed(groups: Sequence[Group], *, producing_only: bool = False) -> dict[Use, list[tuple[int, Atom]]]:
     """Axes of every use of a parameter whose dead indices are set to zero."""
     found: dict[Use, list[tuple[int, Atom]]] = {}
     for group in groups:
         for m in group.members:
-            if m.role != FOLLOWS and (m.role != CONSUMES or group.kind == INEXACT):
+            if m.role != FOLLOWS and (m.role != CONSUMES or (group.kind == INEXACT and not producing_only)):
                 found.setdefault(m.use, []).append((m.axis, group.atom))
     return found
 
