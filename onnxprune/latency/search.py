@@ -25,23 +25,27 @@ from onnxprune.select.choose import Choice, candidates
 from onnxprune.select.target import Target
 from onnxprune.verify.latency import compare
 
-__all__ = ["Reached", "Tried", "reach"]
+__all__ = ["Reached", "Tried", "outcome_of", "reach"]
 
 MOST_TRIES = 7
 AIM = 0.985  # of the target: below it by about what two measurements of one model differ
 OVER, UNDER = 0.01, 0.05  # how far above and below the target a candidate ends the search
+MET = 0.02  # how far above the target still meets it: no measurement is more exact
 SECONDS, SURE_SECONDS = (
     2.0,
     5.0,
 )  # of a measurement, per model: of a candidate, and of one that seems to meet the target
-NUDGE, NUDGES = 0.985, 12
+NUDGE, NUDGES = 0.985, 12  # how a plan that was tried is left: by growing steps, so many of them
 
 Measure = Callable[[Choice, float], Latency]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tried:
-    """A candidate: what the table promised and what was measured, as shares of the original's latency."""
+    """A candidate: what the table promised and what was measured, as shares of the original's latency.
+
+    sure: measured for longer.
+    """
 
     choice: Choice
     planned: float
@@ -57,6 +61,16 @@ class Reached:
     choice: Choice
     latency: Latency
     tried: tuple[Tried, ...]
+
+    def outcome(self, target: Target, latency: Latency, warnings: list[str]) -> TargetOutcome:
+        """What a later measurement, after training or a repair, says of the target."""
+        found = outcome_of(target, latency)
+        if self.choice.outcome.met and not found.met:
+            warnings.append(
+                f"target {target.text} was met when it was planned ({self.choice.outcome.reached:.1%} of the time), "
+                f"but not when the written model was measured ({found.reached:.1%})"
+            )
+        return found
 
 
 def reach(
@@ -102,7 +116,7 @@ def reach(
             write(rewrite(analysis, choice.plan), path)
             return compare(original, path, threads=threads, shapes=shapes, seed=seed, seconds=seconds)
 
-        tried = _search(planned, measure, target, say)
+        tried = _search(planned, measure, target, target.goal(total) / total, say)
     return _best(tried, target, cost, best_effort=best_effort)
 
 
@@ -137,11 +151,13 @@ def _original(model: Model, folder: Path) -> Path:
 
 
 def _search(
-    plan: Callable[[float], Choice], measure: Measure, target: Target, say: Callable[[str], None]
+    plan: Callable[[float], Choice], measure: Measure, target: Target, wanted: float, say: Callable[[str], None]
 ) -> list[Tried]:
-    """Candidates, in the order in which they were measured; the last of them meets the target where any does."""
+    """Candidates, in the order in which they were measured; the one that `_pick` picks was measured for long.
+
+    wanted: share of the original's time that the target leaves, as far as it is known before anything was measured.
+    """
     tried: list[Tried] = []
-    wanted = target.fraction if target.fraction is not None else 0.5
     while len(tried) < MOST_TRIES:
         share = _planned_for(tried, wanted * AIM)
         choice = _unseen(plan, share, tried, wanted * AIM)
@@ -149,16 +165,34 @@ def _search(
             break
         say(f"candidate {len(tried) + 1}")
         latency = measure(choice, SECONDS)
-        wanted = share_wanted(target, latency)
         found = Tried(choice, choice.outcome.reached, share_measured(latency), latency)
-        if _fits(found.measured, wanted):
-            latency = measure(choice, SURE_SECONDS)
-            wanted = share_wanted(target, latency)
-            found = replace(found, measured=share_measured(latency), latency=latency, sure=True)
+        if _fits(found, target):
+            found = _surely(found, measure)
         tried.append(found)
-        if found.sure and _fits(found.measured, wanted):
+        if _fits(found, target):
             break
+        wanted = share_wanted(target, found.latency)
+    while tried and not (best := _pick(tried, target)).sure:
+        tried[tried.index(best)] = _surely(best, measure)
     return tried
+
+
+def _surely(found: Tried, measure: Measure) -> Tried:
+    """The candidate measured again, for longer."""
+    latency = measure(found.choice, SURE_SECONDS)
+    return replace(found, measured=share_measured(latency), latency=latency, sure=True)
+
+
+def _pick(tried: Sequence[Tried], target: Target) -> Tried:
+    """The slowest candidate that meets the target, or else the fastest."""
+    meets = [t for t in tried if outcome_of(target, t.latency).met]
+    return max(meets, key=lambda t: t.measured) if meets else min(tried, key=lambda t: t.measured)
+
+
+def outcome_of(target: Target, latency: Latency) -> TargetOutcome:
+    """What a measurement says of a latency target."""
+    wanted, reached = share_wanted(target, latency), share_measured(latency)
+    return TargetOutcome(target.metric, target.text, wanted, reached, reached <= wanted * (1 + MET))
 
 
 def share_measured(latency: Latency) -> float:
@@ -171,8 +205,9 @@ def share_wanted(target: Target, latency: Latency) -> float:
     return target.goal(latency.before.median_ms) / latency.before.median_ms
 
 
-def _fits(measured: float, wanted: float) -> bool:
-    return wanted * (1 - UNDER) <= measured <= wanted * (1 + OVER)
+def _fits(found: Tried, target: Target) -> bool:
+    wanted = share_wanted(target, found.latency)
+    return wanted * (1 - UNDER) <= found.measured <= wanted * (1 + OVER)
 
 
 def _planned_for(tried: Sequence[Tried], aim: float) -> float:
@@ -194,8 +229,12 @@ def _unseen(plan: Callable[[float], Choice], share: float, tried: Sequence[Tried
     """The plan for a share; where it has been tried, the next one on the way to the aim. None where there is none."""
     known = {_sizes(t.choice): t for t in tried}
     turned: set[bool] = set()
-    for _ in range(NUDGES):
-        choice = plan(min(max(share, 1e-6), 1 - 1e-6))
+    for k in range(1, NUDGES + 1):
+        try:
+            choice = plan(min(max(share, 1e-6), 1 - 1e-6))
+        except TargetNotReached:  # the smallest block is larger than what is to go
+            share *= NUDGE**k
+            continue
         seen = known.get(_sizes(choice))
         if seen is None:
             return choice
@@ -203,7 +242,7 @@ def _unseen(plan: Callable[[float], Choice], share: float, tried: Sequence[Tried
         turned.add(faster)
         if len(turned) > 1 or (faster and choice.least >= share):
             return None  # two neighbouring plans lie on either side, or every group is at its floor
-        share *= NUDGE if faster else 1 / NUDGE
+        share *= NUDGE**k if faster else NUDGE**-k
     return None
 
 
@@ -212,17 +251,16 @@ def _sizes(choice: Choice) -> tuple[tuple[str, int], ...]:
 
 
 def _best(tried: Sequence[Tried], target: Target, cost: LatencyCost, *, best_effort: bool) -> Reached:
-    """The slowest candidate that meets the target, or else the fastest. Raises TargetNotReached."""
+    """What `_pick` picks. Raises TargetNotReached."""
     if not tried:
         raise TargetNotReached(
             f"target {target.text} can't be approached: no group may lose a unit", "lower --floor, or ask for less"
         )
-    meets = [t for t in tried if t.measured <= share_wanted(target, t.latency) * (1 + OVER)]
-    best = max(meets, key=lambda t: (t.sure, t.measured)) if meets else min(tried, key=lambda t: t.measured)
-    outcome = TargetOutcome(target.metric, target.text, share_wanted(target, best.latency), best.measured, bool(meets))
-    if not meets and not best_effort:
-        raise TargetNotReached(_why_not(tried, best, outcome, cost), "ask for less, lower --floor, or write the "
-                               "fastest candidate with --best-effort")  # fmt: skip
+    best = _pick(tried, target)
+    outcome = outcome_of(target, best.latency)
+    if not outcome.met and not best_effort:
+        hint = "ask for less, lower --floor, or write the fastest candidate with --best-effort"
+        raise TargetNotReached(_why_not(tried, best, outcome, cost), hint)
     return Reached(replace(best.choice, outcome=outcome), best.latency, tuple(tried))
 
 

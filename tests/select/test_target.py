@@ -25,6 +25,12 @@ from onnxprune.select.target import METRICS, parse_target
         ("size=5MiB", "size", 5 * 2**20),
         ("size=1e3", "size", 1000.0),
         ("macs=2", "macs", 2.0),
+        ("latency=0.6", "latency", 600.0),
+        ("latency=60%", "latency", 600.0),
+        ("latency=12ms", "latency", 12.0),
+        ("latency=1.5 s", "latency", 1500.0),
+        ("latency=250us", "latency", 0.25),
+        ("latency=250µs", "latency", 0.25),
     ],
 )
 def test_what_is_to_remain_of_a_thousand(text: str, metric: str, goal: float) -> None:
@@ -58,6 +64,11 @@ def test_what_is_to_remain_of_a_thousand(text: str, metric: str, goal: float) ->
         "size=0MB",
         "macs=0G",
         "macs=1e999",
+        "macs=5ms",
+        "latency=12",
+        "latency=2m",
+        "latency=1MB",
+        "latency=0ms",
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_way_to_write_it(text: str) -> None:

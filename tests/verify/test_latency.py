@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ class Recorder:
 
     def run(self, outputs: None, feed: object) -> None:
         self.log.append(self.name)
+
+
+class Sleeper:
+    """A session that leaves the processor to others for a while."""
+
+    def run(self, outputs: None, feed: object) -> None:
+        time.sleep(0.02)
 
 
 def dense(path: Path, width: int) -> Path:
@@ -63,6 +71,50 @@ def test_a_time_budget_has_an_end_for_models_that_take_no_time() -> None:
     log: list[str] = []
     [times] = latency._in_turns([Recorder("a", log)], [{}], warmup=0, runs=None, seconds=600)
     assert len(times) == latency.MOST_ROUNDS
+
+
+def taken(*runs: tuple[float, int]) -> latency.Taken:
+    """Runs as (milliseconds, interruptions)."""
+    return latency.Taken(np.array([ms for ms, _ in runs]), np.array([n for _, n in runs]))
+
+
+def test_runs_that_were_interrupted_do_not_count_where_enough_were_not() -> None:
+    many = [(1.0, 0)] * latency.LEAST_ROUNDS + [(9.0, 1), (9.0, 3)]
+    [kept] = latency._undisturbed([taken(*many)])
+    assert kept.tolist() == [1.0] * latency.LEAST_ROUNDS
+
+
+def test_models_are_compared_on_runs_that_were_interrupted_as_seldom() -> None:
+    rounds = latency.LEAST_ROUNDS
+    quiet = taken(*[(1.0, 0)] * rounds, *[(2.0, 1)] * rounds, *[(3.0, 2)] * rounds)
+    loud = taken(*[(5.0, 1)] * 2 * rounds, *[(6.0, 2)] * rounds)
+    found = latency._undisturbed([quiet, loud])
+    assert [sorted(set(t.tolist())) for t in found] == [[1.0, 2.0], [5.0]]
+
+
+def test_where_every_run_was_interrupted_those_that_were_least_count() -> None:
+    rounds = latency.LEAST_ROUNDS
+    [kept] = latency._undisturbed([taken(*[(7.0, 4)] * rounds, (8.0, 5))])
+    assert kept.tolist() == [7.0] * rounds
+
+
+def test_a_few_runs_all_count() -> None:
+    assert len(latency._undisturbed([taken((1.0, 0), (2.0, 9))])[0]) == 2
+
+
+def test_the_row_tells_how_many_runs_do_not_count(tiny_cnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = iter(range(1, 10_000))
+    monkeypatch.setattr(latency, "_interruptions", lambda: next(stops) // 30)  # every fifteenth run
+    [row] = latency.measure([tiny_cnn], runs=45)
+    assert (row.runs, row.disturbed) == (45, 3)
+
+
+def test_another_program_on_the_processor_does_not_lengthen_the_time_of_one_thread() -> None:
+    """Time is that of the processor: sleeping while a session runs costs none."""
+    [times] = latency._in_turns([Sleeper()], [{}], warmup=0, runs=3, seconds=1.0, clock=time.thread_time_ns)
+    assert times.milliseconds.max() < 15
+    [times] = latency._in_turns([Sleeper()], [{}], warmup=0, runs=3, seconds=1.0)
+    assert times.milliseconds.min() > 15
 
 
 @pytest.mark.parametrize(("shift", "apart"), [(0.0, False), (5.0, False), (11.0, True), (-11.0, True)])
