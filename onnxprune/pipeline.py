@@ -177,7 +177,7 @@ def compress(
     plan = partial(
         choose,
         analysis,
-        importance=importance,
+        importance=importance if chosen is None else "l2",
         scope=scope,
         floor=floor,
         align=block,
@@ -211,7 +211,7 @@ def compress(
     if dry_run:
         if chosen is not None:
             result.warnings.append(
-                f"method {chosen.name} chooses units in training; those of the lowest {importance} stand here"
+                f"method {chosen.name} chooses units in training; those of the lowest l2 norm stand here"
             )
         result.timing = clock.stop()
         return result
