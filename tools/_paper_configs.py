@@ -289,6 +289,7 @@ def _resnet50() -> Config:
 TPP_RATIOS = {0.7: (1 / 3.59, 92.26, 92.38, 92.35), 0.9: (1 / 11.41, 86.75, 89.24, 89.63)}
 TPP_RATIOS[0.95] = (1 / 19.31, 83.03, 85.90, 85.86)
 TPP_BASE = 93.78
+RELEASED = {"scale": "code", "ramp": "paper", "by": 1e-3, "hold": 1000}  # lambda grows ten times as fast as there
 INSIDE = r"^/blocks/blocks\.\d+/bn2|^/bn1"  # normalisations of the residual stream: what is excluded
 
 
@@ -309,7 +310,7 @@ def _resnet56() -> Config:
             ("FixReg", "fixreg", share, said(fixed)),
             ("GReg", "greg", share, UNPUBLISHED),
             ("TPP", "tpp", share, said(tpp)),
-            ("TPP, scale of the code", "tpp", share | {"scale": "code"}, UNPUBLISHED),
+            ("TPP as released", "tpp", share | RELEASED, UNPUBLISHED),
         ):
             how = {"name": f"{ratio} {name}", "published": published, "method_options": options}
             arms.append(_tuned(method, target, whole, **how, **more))

@@ -84,11 +84,12 @@ def compressed(
     metric is the caller's to take, of the written file.
     """
     start = time.perf_counter()
-    more = {} if arm.method == "oneshot" else {"method": arm.method, "method_options": dict(arm.method_options)}
     result = onnxprune.compress(
         original,
         written,
         target=arm.target,
+        method=arm.method,
+        method_options=dict(arm.method_options),
         data=source,
         train=settings,
         recipe=onnxprune.Recipe(loss=loss),
@@ -96,7 +97,6 @@ def compressed(
         force=True,
         run_dir=run_dir,
         resume=run_dir is not None,
-        **more,
         **arm.options,
     )
     _forget(run_dir)

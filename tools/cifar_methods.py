@@ -2,7 +2,7 @@
 
     python tools/cifar_methods.py --data-dir DATA --work FOLDER
     python tools/cifar_methods.py ... --methods oneshot,tpp --ratios 0.25 --seeds 0,1,2 --epochs 8
-    python tools/cifar_methods.py ... --set dhspg:lmbda=0.001 --lr imp=0.05
+    python tools/cifar_methods.py ... --set dhspg:epsilon=0.9 --lr imp=0.02
 
 For each seed a base network is trained (`--base-epochs`); then each method makes it smaller, and has `--epochs` for
 everything it does: sparsifying the whole network and tuning the small one. Beside them stand
@@ -139,8 +139,6 @@ class Experiment:
 
     def arm(self, method: str, ratio: float, seed: int) -> Row:
         """One network made smaller by one method."""
-        if method == "dense":
-            return self.dense(seed)
         scratch = method == "scratch"
         lr = self.base_lr if scratch else self._lr(method)
         sets = dict(self.sets.get(method, {}))
@@ -173,21 +171,30 @@ class Experiment:
 
 
 def table(experiment: Experiment, methods: Sequence[str], ratios: Sequence[float], seeds: Sequence[int]) -> list[str]:
-    """The results as Markdown; computes what is not there yet."""
-    bases = [experiment.base(s) for s in seeds]
+    """The results as Markdown, a row per method and ratio; computes what is not there yet, seed by seed."""
+    bases, dense = [], []
+    arms: dict[tuple[float, str], list[Row]] = {(r, m): [] for r in ratios for m in methods if m != "dense"}
+    for seed in seeds:
+        bases.append(_told("base", seed, experiment.base(seed)))
+        if "failure" in bases[-1]:
+            raise SystemExit(1)
+        if "dense" in methods:
+            dense.append(_told("base, trained on", seed, experiment.dense(seed)))
+        for (ratio, method), rows in arms.items():
+            rows.append(_told(f"{method} {ratio:g}", seed, experiment.arm(method, ratio, seed)))
     lines = ["| method | MACs wanted | MACs | params | top-1 | each seed | drop | seconds |", "|" + " --- |" * 8]
     lines.append(_line("base", "", bases, bases))
-    if "dense" in methods:
-        lines.append(_line("base, trained on", "", [experiment.dense(s) for s in seeds], bases))
-    for ratio in ratios:
-        for method in (m for m in methods if m != "dense"):
-            rows = []
-            for seed in seeds:
-                rows.append(experiment.arm(method, ratio, seed))
-                print(f"{method} {ratio:g} seed {seed}: {_said(rows[-1])}", flush=True)
-            name = "dhspg from scratch" if method == "scratch" else method
-            lines.append(_line(name, f"{ratio:.0%}", rows, bases))
+    if dense:
+        lines.append(_line("base, trained on", "", dense, bases))
+    for (ratio, method), rows in arms.items():
+        lines.append(_line("dhspg from scratch" if method == "scratch" else method, f"{ratio:.0%}", rows, bases))
     return lines
+
+
+def _told(name: str, seed: int, row: Row) -> Row:
+    """The row, said when it is there."""
+    print(f"{name}, seed {seed}: {_said(row)}", flush=True)
+    return row
 
 
 def _said(row: Row) -> str:
