@@ -1,8 +1,8 @@
 """The steps that DHSPG and HESSO build on: SGD, Adam and AdamW, by torch's fused kernels, and with their direction.
 
-The direction d of a step (x <- x - a d) is what the methods decide by. SGD's with momentum is its momentum buffer. All
-others are found by letting the kernel move zeros at the rate -1, which makes them d itself: no difference of weights is
-ever taken, so that nothing is lost to rounding.
+The direction d of a step (x <- x - a d) is what the methods decide by, before x moves. SGD's with momentum is its
+momentum buffer, updated by the kernel at the rate 0. All others are found by letting the kernel move zeros at the rate
+-1, which makes them d itself. No difference of weights is taken anywhere, so that nothing is lost to rounding.
 """
 
 from __future__ import annotations
@@ -78,69 +78,69 @@ class BaseSteps:
         for group in self.optimizer.param_groups:
             self._move(group, [p for p in group["params"] if p.grad is not None])
 
-    def move_along(self) -> list[Tensor]:
-        """The same, and d of the table's tensors as it lays them out: valid until the next step, not to be changed.
-        It is 0 where there is no gradient."""
-        if self._at_hand:
-            self.move()
-            return self._moved(self._momenta["momentum_buffer"])
-        if self._scratch is None:
-            self._scratch = self.table.storage()
-        torch._foreach_zero_(self._scratch.banks)
+    def direct(self) -> list[Tensor]:
+        """Update the momenta, move all that is not in the table, and give the direction of what is, as the table lays
+        it out: valid until the next step, not to be changed. It is 0 where there is no gradient."""
+        found = self._momenta["momentum_buffer"] if self._at_hand else self._zeros()
         for group in self.optimizer.param_groups:
             learnt = [p for p in group["params"] if p.grad is not None]
             self._move(group, [p for p in learnt if id(p) not in self.place])
             inside = [p for p in learnt if id(p) in self.place]
-            if inside:
-                self._draw(group, inside, [self._scratch.views[self.place[id(p)]] for p in inside])
-        return self._scratch.banks
-
-    def _moved(self, buffers: Storage) -> list[Tensor]:
-        """The buffers, with 0 for the parameters that did not move."""
+            if inside and self._at_hand:
+                self._kernel(group, inside, lr=0.0, decay=group["weight_decay"])
+            elif inside:
+                self._draw(group, inside, [found.views[self.place[id(p)]] for p in inside])
         still = [k for k, t in enumerate(self.table.tensors) if t.requires_grad and t.grad is None]
-        if not still:
-            return buffers.banks
+        return self._without(found, still) if still and self._at_hand else found.banks
+
+    def _zeros(self) -> Storage:
+        if self._scratch is None:
+            self._scratch = self.table.storage()
+        torch._foreach_zero_(self._scratch.banks)
+        return self._scratch
+
+    def _without(self, buffers: Storage, still: Sequence[int]) -> list[Tensor]:
+        """The buffers, with 0 for the tensors that don't move in this step."""
         found = self.table.storage()
         torch._foreach_copy_(found.banks, buffers.banks)
         torch._foreach_zero_([found.views[k] for k in still])
         return found.banks
 
-    def _draw(self, group: dict[str, Any], parameters: Sequence[Tensor], into: list[Tensor]) -> None:
-        """Write d into zeros, and move."""
-        decay, lr = group["weight_decay"], group["lr"]
+    def _draw(self, group: dict[str, Any], parameters: list[Tensor], into: list[Tensor]) -> None:
+        """Write the direction into zeros."""
+        decay = group["weight_decay"]
         values = [p.detach() for p in parameters]
         gradients = _gradients(parameters)
         if decay and self.variant != "adamw":
             gradients = list(torch._foreach_add(gradients, values, alpha=decay))
-        self._kernel(group, into, gradients, [self._state(p) for p in parameters], lr=-1.0, decay=0.0)
+        self._kernel(group, parameters, lr=-1.0, decay=0.0, into=into, gradients=gradients)
         if decay and self.variant == "adamw":
             torch._foreach_add_(into, values, alpha=decay)
-        if isinstance(lr, Tensor):
-            torch._foreach_sub_(values, torch._foreach_mul(into, lr))
-        else:
-            torch._foreach_add_(values, into, alpha=-lr)
 
     def _move(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         if parameters:
-            states = [self._state(p) for p in parameters]
-            self._kernel(group, parameters, _gradients(parameters), states, lr=group["lr"], decay=group["weight_decay"])
+            self._kernel(group, parameters, lr=group["lr"], decay=group["weight_decay"])
 
     def _kernel(
         self,
         group: dict[str, Any],
         parameters: list[Tensor],
-        gradients: list[Tensor],
-        states: Sequence[dict[str, Any]],
         *,
         lr: float | Tensor,
         decay: float,
+        into: list[Tensor] | None = None,
+        gradients: list[Tensor] | None = None,
     ) -> None:
+        """Torch's step, with these momenta. into: what is moved in the parameters' place."""
+        states = [self._state(p) for p in parameters]
+        gradients = _gradients(parameters) if gradients is None else gradients
+        moved = parameters if into is None else into
         how: dict[str, Any] = {"fused": self.fused, "foreach": not self.fused, "weight_decay": decay, "lr": lr}
         if self.variant == "sgd":
             buffers = [s.get("momentum_buffer") for s in states]
             momentum, nesterov = group["momentum"], group["nesterov"]
             sgd(
-                parameters,
+                moved,
                 gradients,
                 buffers,
                 momentum=momentum,
@@ -153,7 +153,7 @@ class BaseSteps:
         rule = adam if self.variant == "adam" else adamw
         beta1, beta2 = group["betas"]
         rule(
-            parameters,
+            moved,
             gradients,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],

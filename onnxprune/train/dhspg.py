@@ -116,33 +116,32 @@ class DHSPG(UnitOptimizer):
     @torch.no_grad()
     def move(self) -> None:
         if self.phase == "projecting":
-            self._project(*self.move_measured())
+            self._project(self.measure())
         elif self.measures:
-            self.record(self.move_measured()[1])
+            measured = self.measure()
+            self.record(measured)
+            self.apply(measured)
         else:
             self.base.move()
             if self.phase == "done":
                 self.table.scale_((~self.dead).to(self.table.dtype))
 
-    def _project(self, d: list[Tensor], m: Measured) -> None:
-        """From x - a d to where the redundant units go."""
+    def _project(self, m: Measured) -> None:
+        """Move, and take the redundant units towards zero."""
         moving = self.redundant & ~self.dead
         norm = torch.where(m.norm > 0, m.norm, 1.0)
-        strength = self._strength(norm, m)
+        strength = torch.where(moving, self._strength(norm, m), 0.0)
         inside = m.norm.square() - m.a * (m.inner + strength * m.norm)  # <y, x>
         outside = moving & ((inside < self.epsilon * m.norm.square()) | (m.norm == 0))
+        self.strength.copy_(strength)
         self.projected |= outside
         self.dead |= outside | (moving & (self._factor == 0))
-        self.strength.copy_(torch.where(moving, strength, 0.0))
         keep = torch.where(moving, self._factor, 1.0).masked_fill(self.dead, 0.0)
-        rows = self.table.spread_rows(m.a * self.strength / norm, combine="sum")
-        # y = x - a d - s x = (1 - s) (x - a d) - s a d, times what the taper leaves
-        keep_rows = self.table.spread_rows(keep, combine="prod")
-        along = keep_rows * rows * (-m.a)
-        scales = self.table.by_bank(keep_rows * (1 - rows))
-        shifts = self.table.by_bank(along if m.ratio is None else along * m.ratio)
-        for x, direction, scale, shift in zip(self.table.x.banks, d, scales, shifts, strict=True):
-            x.mul_(scale).addcmul_(direction, shift)
+        self.apply(
+            m,
+            self.table.spread_rows(keep, combine="prod"),
+            self.table.spread_rows(m.a * strength / norm, combine="sum"),
+        )
 
     def _strength(self, norm: Tensor, m: Measured) -> Tensor:
         """lambda of every unit."""

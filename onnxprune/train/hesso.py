@@ -97,13 +97,15 @@ class HESSO(UnitOptimizer):
 
     @torch.no_grad()
     def move(self) -> None:
+        keep = torch.where(self.redundant, self._factor, 1.0).masked_fill(self.dead, 0.0)
         if self.measures:
-            self.record(self.move_measured()[1])
+            measured = self.measure()
+            self.record(measured)
+            self.apply(measured, self.table.spread_rows(keep, combine="prod") if self.begun else None)
         else:
             self.base.move()
-        if self.phase != "warm-up":
-            keep = torch.where(self.redundant, self._factor, 1.0)
-            self.table.scale_(keep.masked_fill(self.dead, 0.0))
+            if self.begun:
+                self.table.scale_(keep)
 
     def unit_state(self) -> dict[str, Any]:
         return super().unit_state() | {"begun": self.begun}

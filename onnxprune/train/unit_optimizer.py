@@ -40,8 +40,10 @@ class Choose(Protocol):
 
 
 class Measured(NamedTuple):
-    """A step from x along d, per unit. a: the rate; ratio: `UnitOptimizer.ratios`; inner: <x, d>."""
+    """x, and the direction d that it is about to move along. direction: as the table lays it out. a, ratio: see
+    `UnitOptimizer.ratios`. Per unit: |x|, |d| and <x, d>."""
 
+    direction: list[Tensor]
     a: float | Tensor
     ratio: Tensor | None
     norm: Tensor
@@ -218,20 +220,30 @@ class UnitOptimizer(Optimizer):
             self._ratio = shares, self.table.rows_of(per_group[self._group_of])
         return a, self._ratio[1]
 
-    def move_measured(self) -> tuple[list[Tensor], Measured]:
-        """Take the base's step; gives its direction, and what it is to the weights as they were before."""
+    def measure(self) -> Measured:
+        """The base's direction, and what it is to the weights; moves what is not in the table."""
         a, ratio = self.ratios()
-        table = self.table
-        square = table.square(table.x.banks)
-        d = self.base.move_along()
-        d_square = table.square(d, weights=None if ratio is None else ratio.square())
-        inner = table.dot(table.x.banks, d, weights=ratio) + a * d_square  # x was what it is now, plus a d
-        norm, d_norm = square.sqrt(), d_square.sqrt()
+        table, d = self.table, self.base.direct()
+        norm = table.square(table.x.banks).sqrt()
+        d_norm = table.square(d, weights=None if ratio is None else ratio.square()).sqrt()
+        inner = table.dot(table.x.banks, d, weights=ratio)
         bound = norm * d_norm
-        inner = torch.maximum(torch.minimum(inner, bound), -bound)
-        cosine = torch.where(bound > 0, inner / bound, torch.zeros_like(inner))
-        self.cosine.copy_(cosine)
-        return d, Measured(a, ratio, norm, d_norm, inner)
+        self.cosine.copy_(torch.where(bound > 0, inner / bound, 0.0))
+        return Measured(d, a, ratio, norm, d_norm, inner)
+
+    def apply(self, m: Measured, keep: Tensor | None = None, shrink: Tensor | None = None) -> None:
+        """x <- keep ((1 - shrink) x - a d). keep, shrink: per row of the table; None: 1 and 0."""
+        table = self.table
+        along = m.ratio if m.ratio is not None else torch.ones(table.rows, dtype=table.dtype, device=table.device)
+        along = along * (-m.a)
+        if keep is not None:
+            along = along * keep
+            for x, scale in zip(
+                table.x.banks, table.by_bank(keep if shrink is None else keep * (1 - shrink)), strict=True
+            ):
+                x.mul_(scale)
+        for x, d, shift in zip(table.x.banks, m.direction, table.by_bank(along), strict=True):
+            x.addcmul_(d, shift)
 
     def record(self, m: Measured) -> None:
         """Add to the statistics that units are chosen by."""

@@ -24,8 +24,8 @@ __all__ = ["ScheduleOptions", "UnitTraining"]
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """start, stop: of the run, from where and until when redundant units go to zero. window: share of it before a
-    choice that the statistics are taken over; one step at least. saliency: what units are chosen by, of `saliency.SALIENCY`.
-    Raises UsageError where a value makes no sense."""
+    choice that the statistics are taken over; one step at least. saliency: what units are chosen by, of
+    `saliency.SALIENCY`. Raises UsageError where a value makes no sense."""
 
     start: float
     stop: float

@@ -91,11 +91,11 @@ class _Bank:
             return torch.linalg.vecdot(x, y, dim=self.over[0]).reshape(-1)
         return ((x * y).sum(self.over) if self.over else x * y).reshape(-1)
 
-    def square(self, x: Tensor) -> Tensor:
-        """Squared norms of the rows, (rows,), in float32 at least."""
+    def norm(self, x: Tensor) -> Tensor:
+        """Norms of the rows, (rows,), in float32 at least."""
         if not self.over or self.shape[1:] == (1,):
-            return _wide(x).square().reshape(-1)
-        return torch.linalg.vector_norm(x, dim=self.over, dtype=_accumulated(x.dtype)).square().reshape(-1)
+            return _wide(x).abs().reshape(-1)
+        return torch.linalg.vector_norm(x, dim=self.over, dtype=_accumulated(x.dtype)).reshape(-1)
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:
@@ -217,11 +217,19 @@ class UnitTable:
 
     def square(self, a: Sequence[Tensor], *, weights: Tensor | None = None) -> Tensor:
         """Squared norms of the units' slices, per unit. weights: per row, of the squares."""
-        return self.sums([bank.square(x) for bank, x in zip(self._banks, a, strict=True)], weights=weights)
+        norms = [bank.norm(x) for bank, x in zip(self._banks, a, strict=True)]
+        return self._sums_of(self._joined(norms).square(), weights)
 
     def sums(self, rows: Sequence[Tensor], *, weights: Tensor | None = None) -> Tensor:
         """Sums over every unit's rows, per unit. rows: per bank, (its rows,). weights: per row of all banks."""
-        values = torch.cat([r.to(self.dtype) for r in rows]) if rows else torch.zeros(0, device=self.device)
+        return self._sums_of(self._joined(rows), weights)
+
+    def _joined(self, rows: Sequence[Tensor]) -> Tensor:
+        if not rows:
+            return torch.zeros(0, dtype=self.dtype, device=self.device)
+        return torch.cat([r.to(self.dtype) for r in rows])
+
+    def _sums_of(self, values: Tensor, weights: Tensor | None) -> Tensor:
         if weights is not None:
             values = values * weights
         return torch.segment_reduce(values[self._row_of_pair], "sum", lengths=self._pairs_per_unit, unsafe=True)
