@@ -136,6 +136,8 @@ def latency_cost(
     spent = sum(s.microseconds for s in found.steps)
     scale = min(1.0, found.total_us / spent) if spent else 1.0  # a profiler slows small kernels down
     steps = sorted(found.steps, key=lambda s: -s.microseconds)
+    if not any(s.nodes for s in steps):  # nothing could be traced back: the work has to do
+        steps = [Step(found.total_us / scale, tuple(known), ())]
     worth = [known[k] for s in steps if s.microseconds * scale >= WORTH * found.total_us for k in s.nodes]
     grids = _Grids(Kernels(analysis, here.shapes), step)
     asked, held = grids.fill(worth, table, threads=threads, seconds=seconds)

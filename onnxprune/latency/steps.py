@@ -72,7 +72,9 @@ def profile(
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
 ) -> Profile:
-    """Run a model under onnxruntime's profiler. anchors: nodes that every kernel is to be traced back to.
+    """Run a model under onnxruntime's profiler. anchors: nodes that kernels are to be traced back to.
+
+    There are no steps where there is no room for the optimised graph.
 
     Raises ModelRejected where onnxruntime can't load or run the model.
     """
@@ -84,13 +86,23 @@ def profile(
         feed = sample(path, plain, shapes or {}, seed)
         total = _whole_us(plain, feed, threads)
         del plain
-        options = run_options(threads, "all")
-        options.optimized_model_filepath = str(folder / "optimised.onnx")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        times = kernel_times(path, options, feed, folder, runs=_runs(total))
-        nodes = onnx.load(folder / "optimised.onnx", load_external_data=False).graph.node
-        return Profile(_traced(graph, nodes, times, set(anchors)), total, feed)
+        try:
+            steps = _steps(graph, set(anchors), path, threads, feed, _runs(total))
+        except (ModelRejected, OSError):  # a full disk, or an optimised graph that can't be written
+            steps = ()
+        return Profile(steps, total, feed)
+
+
+def _steps(graph: Graph, anchors: set[int], path: Path, threads: int, feed: Feed, runs: int) -> tuple[Step, ...]:
+    """The kernels of the model in `path`, by name in the optimised graph, which is written beside it."""
+    written = path.with_name("optimised.onnx")
+    options = run_options(threads, "all")
+    options.optimized_model_filepath = str(written)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    times = kernel_times(path, options, feed, path.parent, runs=runs)
+    nodes = onnx.load(written, load_external_data=False).graph.node
+    return _traced(graph, nodes, times, anchors)
 
 
 def kernel_times(model: Path | bytes, options: Any, feed: Feed, folder: Path, *, runs: int) -> dict[str, np.ndarray]:

@@ -117,6 +117,18 @@ def test_operators_that_are_not_in_the_table_count_by_their_work(
     assert both.value({g0.atom: 128, g1.atom: 256}) == pytest.approx(both.value({}) / 8)
 
 
+def test_a_model_whose_kernels_can_not_be_traced_counts_by_its_work(
+    analysis: Analysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "load", full)
+    found = latency_cost(analysis, {g.atom: 16 for g in analysis.groups}, table=Table(1, None))
+    assert len(found.terms) == 3 and all(isinstance(p, Tabled | Worked) for p in found.terms)
+    assert found.constant == pytest.approx(0, abs=1e-6 * found.total({}))
+
+
 def test_a_plan_by_the_clock_comes_down_to_its_goal(analysis: Analysis, cost: LatencyCost) -> None:
     goal = 0.5 * cost.total({})
     scores = {g.id: np.ones(g.size) for g in analysis.groups}
