@@ -1,21 +1,24 @@
-"""The repair that `compress` does on data, asked for by name, for tools that compare what it brings."""
+"""Prune a file and repair it on data, for tools that compare what that brings."""
 
 from __future__ import annotations
 
-import inspect
+from pathlib import Path
 from typing import Any
 
-from onnxprune import UsageError, compress
+from onnxprune import Result, compress
+from onnxprune.data import Source
+from onnxprune.model.save import write
 
-__all__ = ["REPAIRS", "repairing"]
+__all__ = ["REPAIRS", "pruned"]
 
-REPAIRS = ("none", "mean", "ls", "affine", "auto")
+REPAIRS = ("none", "mean", "ls", "affine")
 
 
-def repairing(repair: str, data: object) -> dict[str, Any]:
-    """Arguments of `compress` for this repair on this data. Raises UsageError where it can't repair."""
-    if repair == "none":
-        return {}
-    if "repair" not in inspect.signature(compress).parameters:
-        raise UsageError("this version of onnxprune does not repair", "--repair none")
-    return {"data": data, "repair": repair}
+def pruned(model: Path, out: Path, repair: str, data: Source, *, samples: int = 512, **arguments: Any) -> Result:
+    """`compress` to a file, which is there already or not; with a repair on as many inputs where it isn't 'none'."""
+    result = compress(model, out, force=True, **arguments)
+    if repair != "none":
+        from onnxprune.reconstruct import repair as repaired  # wants torch
+
+        write(repaired(result.analysis, result.plan, data, mode=repair, samples=samples).model, out)
+    return result

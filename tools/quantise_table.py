@@ -3,9 +3,10 @@
     python tools/quantise_table.py --data-dir DATA                           the three networks in models/
     python tools/quantise_table.py MODEL.onnx FOLDER --data-dir DATA --target macs=0.7 --repair affine
 
-One CalibrationReader serves it all: `compress` repairs on it (--repair), and onnxruntime's quantize_static measures
-ranges on it, for the original and for the pruned network. "int8, pruned" is the other way round: `compress` of the
-int8 file. Quantised are weights (int8, per channel) and activations (uint8), as QDQ nodes, with min-max ranges.
+One CalibrationReader serves it all: the repair (--repair) solves on it, and onnxruntime's quantize_static measures
+ranges on it, for the original and for the pruned network. "int8, pruned" is the other way round: the int8 file is
+pruned (and repaired as far as it can be: int8 weights stay). Quantised are weights (int8, per channel) and activations
+(uint8), as QDQ nodes, with min-max ranges.
 
 top-1 and agreement (the same class as the original) are taken on the test images, latency on one thread at batch 1 by
 all files in turns. DATA: see `_classifiers.py`.
@@ -16,18 +17,18 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from _classifiers import CLASSIFIERS, known
 from _common import machine_note, print_table, write_json
-from _repairs import REPAIRS, repairing
+from _repairs import REPAIRS, pruned
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from onnxprune import OnnxPruneError, compress
+from onnxprune import OnnxPruneError
 from onnxprune.data import CalibrationReader, Source
 from onnxprune.evaluate import evaluate
 from onnxprune.metrics import METRICS
@@ -68,23 +69,21 @@ def file_of(model: Path, folder: Path, version: str) -> Path:
     return model if version == "fp32" else folder / f"{model.stem}.{version.replace(', ', '.')}.onnx"
 
 
-def versions(model: Path, folder: Path, reader: CalibrationReader, target: str, how: Mapping[str, Any]) -> list[Row]:
+def versions(model: Path, folder: Path, reader: CalibrationReader, options: argparse.Namespace) -> list[Row]:
     """All versions of a model, written to `folder`; accuracy and latency are not in the rows yet."""
+    data = {"data": reader.source, "samples": options.samples}
 
-    def pruned(source: Path, out: Path) -> None:
-        compress(source, out, target=target, force=True, **how)
-
-    def plain(source: Path, out: Path) -> None:
-        compress(source, out, target=target, force=True)
+    def smaller(source: Path, out: Path) -> None:
+        pruned(source, out, options.repair, **data, target=options.target)
 
     def int8(source: Path, out: Path) -> None:
         quantise(source, out, reader)
 
     steps: list[tuple[str, str, Callable[[Path, Path], None]]] = [
-        ("pruned", "fp32", pruned),
+        ("pruned", "fp32", smaller),
         ("int8", "fp32", int8),
         ("pruned, int8", "pruned", int8),
-        ("int8, pruned", "int8", plain),
+        ("int8, pruned", "int8", smaller),
     ]
     rows = [Row("fp32", model.stat().st_size)]
     for name, source, work in steps:
@@ -132,7 +131,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", default=[here], help="files, or folders of them")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--target", default="macs=0.7", help="what is to remain")
-    parser.add_argument("--repair", choices=REPAIRS, default="none", help="as in compress, on the same images")
+    parser.add_argument("--repair", choices=REPAIRS, default="none", help="of what is pruned, on the same images")
     parser.add_argument("--samples", type=int, default=512, help="images to calibrate on")
     parser.add_argument("--test", type=int, help="test images at most")
     parser.add_argument("--seconds", type=float, default=5, help="time per file")
@@ -150,7 +149,7 @@ def main() -> None:
             kind = CLASSIFIERS[model.stem]
             reader = CalibrationReader(kind.source(model, options.data_dir, "train", options.samples), batch=16)
             test = kind.source(model, options.data_dir, "test", options.test)
-            rows = versions(model, folder, reader, options.target, repairing(options.repair, reader))
+            rows = versions(model, folder, reader, options)
             rows = measured(model, folder, rows, test, options.seconds)
             table += [cells("" if k else model.stem, row) for k, row in enumerate(rows)]
             document["models"][model.stem] = [asdict(row) for row in rows]

@@ -27,8 +27,10 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -38,7 +40,7 @@ import onnx
 from _classifiers import CLASSIFIERS, known
 from _common import machine_note, print_table, write_json
 from _masked import error_of
-from _repairs import REPAIRS, repairing
+from _repairs import REPAIRS, pruned
 
 from onnxprune import OnnxPruneError, TrainSettings, compress, inspect
 from onnxprune.data import CalibrationReader, Source
@@ -197,20 +199,29 @@ class Trial:
 
     def ours(self, target: float) -> Iterator[Entry]:
         options = self.options
-        ways: dict[str, dict[str, Any]] = {"one-shot": {}}
+        common: dict[str, Any] = {"target": f"macs={target:.4f}", "best_effort": True}
+        common |= {"importance": options.importance, "deploy": options.deploy}
+
+        def repaired(repair: str, out: Path) -> Result:
+            return pruned(self.model, out, repair, self.data, samples=options.samples, **common)
+
+        def trained(out: Path) -> Result:
+            settings = TrainSettings(steps=options.steps)
+            return compress(self.model, out, data=self.data, train=settings, force=True, **common)
+
+        ways: dict[str, Callable[[Path], Result]] = {"one-shot": partial(repaired, "none")}
         if options.repair != "none":
-            ways[f"repair {options.repair}"] = repairing(options.repair, self.data)
+            ways[options.repair] = partial(repaired, options.repair)
         if options.steps:
-            ways[f"{options.steps} steps"] = {"data": self.data, "train": TrainSettings(steps=options.steps)}
-        for how, arguments in ways.items():
-            out = self.folder / f"ours-{how.replace(' ', '-')}.onnx"
-            plain = {"importance": options.importance, "deploy": options.deploy, "best_effort": True, "force": True}
+            ways[f"{options.steps} steps"] = trained
+        for how, work in ways.items():
+            out, start = self.folder / f"ours-{how.replace(' ', '-')}.onnx", time.perf_counter()
             try:
-                result = compress(self.model, out, target=f"macs={target:.4f}", **plain, **arguments)
+                work(out)
             except OnnxPruneError as error:
                 yield Entry("onnxprune", f"{how}: {type(error).__name__}: {error}")
             else:
-                yield self.entry("onnxprune", how, out, sum(result.timing.values()))
+                yield self.entry("onnxprune", how, out, time.perf_counter() - start)
 
     def timed(self, entries: list[Entry]) -> None:
         """Latency into the entries that have a file, by turns with the original."""
