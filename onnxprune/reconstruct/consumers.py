@@ -29,7 +29,7 @@ MULTIPLIES = frozenset({Kind.PRODUCT, Kind.STATE})
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Place:
-    """Where a constant per channel can go: a stored tensor of the pruned model, and the constant as it is laid there."""
+    """Where a constant per channel can go: a stored tensor of the pruned model and what is added to it."""
 
     name: str
     lay: Callable[[np.ndarray], np.ndarray]

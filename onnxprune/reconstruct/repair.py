@@ -4,6 +4,8 @@
 2. In each step the original and the pruned network run on, side by side, to the consumers' inputs; moments of the
    pruned network's rows and of the original's outputs are added up, over one part of the batches and over the rest.
 3. The ridge problem of each is solved (`solve`), and its new weight stands in the pruned network when that runs on.
+4. On the batches that were held out, the outputs of the repaired network are compared with those of the sliced one.
+   Where they are no closer to the original's, nothing is changed.
 Each network runs once over the data, whatever the number of consumers.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,13 +77,18 @@ class ConsumerRepair:
 class Repaired:
     """The pruned model with other weights, what was done for each consumer, and which were left and why.
 
-    samples: how many inputs were used; held_out: how many of them only to judge by. peak_bytes: of activations held in
+    before, after: error of the model's outputs on the inputs that were held out, relative to their variance, with the
+    sliced weights and with the new ones. dropped: it was no smaller, and the model has the sliced weights.
+    samples: how many inputs were used; held_out: how many of them to judge by. peak_bytes: of activations held in
     memory between steps; spilled_bytes: of those written to files.
     """
 
     model: Model
     consumers: tuple[ConsumerRepair, ...]
     left: tuple[Left, ...]
+    before: float
+    after: float
+    dropped: bool
     samples: int
     held_out: int
     steps: int
@@ -121,40 +129,47 @@ def repair(
     pruned = infer(model, registry, graph.pins)
     found, left = consumers(analysis, plan, pruned)
     if mode == "none" or not found:
-        return Repaired(model, (), tuple(left), 0, 0, 0, time.perf_counter() - start, 0, 0)
-    frontier = Frontier(memory_limit)
-    try:
+        return Repaired(model, (), tuple(left), 0.0, 0.0, False, 0, 0, 0, time.perf_counter() - start, 0, 0)
+    with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:
         sides = Side(graph, registry), Side(pruned, registry)
-        work = _Work(Lockstep(sides, frontier), found, mode, memory_limit, seed)
+        work = _Work(Lockstep(sides, frontier), judged, found, mode, memory_limit, seed)
         taken = work.load(data, samples, batch)
         steps = work.steps()
         for k in range(len(steps)):
             progress(k, len(steps))
             work.run(steps[k], [c for s in steps[k + 1 :] for c in s])
         progress(len(steps), len(steps))
-    finally:
-        frontier.close()
+        before, after = work.judge()
+    dropped = bool(work.values) and not after < before
+    if dropped:
+        work.values.clear()
     values: dict[Path, np.ndarray] = {(name,): array for name, array in work.values.items()}
     return Repaired(
         with_weights(pruned, values),
         tuple(work.reports),
         (*left, *work.left),
+        before,
+        after,
+        dropped,
         taken,
         work.held_out,
         len(steps),
         time.perf_counter() - start,
-        frontier.peak,
-        frontier.spilled,
+        frontier.peak + judged.peak,
+        frontier.spilled + judged.spilled,
     )
 
 
 class _Work:
-    """values: the stored tensors that changed, by name."""
+    """values: stored tensors that changed, by name; sliced: what they were. judged: inputs to judge the whole by."""
 
-    def __init__(self, run: Lockstep, found: Sequence[Consumer], mode: str, limit: int, seed: int) -> None:
-        self.lockstep, self.mode, self.limit, self.seed = run, mode, limit, seed
+    def __init__(
+        self, run: Lockstep, judged: Frontier, found: Sequence[Consumer], mode: str, limit: int, seed: int
+    ) -> None:
+        self.lockstep, self.judged, self.mode, self.limit, self.seed = run, judged, mode, limit, seed
         self.original, self.pruned = run.sides
         self.values: dict[str, np.ndarray] = {}
+        self.sliced: dict[str, Tensor] = {}
         self.reports: list[ConsumerRepair] = []
         self.left: list[Left] = []
         self.found: list[Consumer] = []
@@ -170,8 +185,11 @@ class _Work:
     def load(self, data: Source | Batches, samples: int, batch: int | None) -> int:
         """Take the inputs; returns how many."""
         names = self.original.module.meta["inputs"]
-        for inputs in _batches(data, samples, batch, self.seed):
-            self.lockstep.append([_as_tensor(inputs[n]) for n in names])
+        for k, inputs in enumerate(_batches(data, samples, batch, self.seed)):
+            tensors = [_as_tensor(inputs[n]) for n in names]
+            self.lockstep.append(tensors)
+            if k % HOLD_OUT == HOLD_OUT - 1 or not k:  # the first in case that there are few
+                self.judged.append(dict(enumerate(tensors)))
             self.sizes.append(len(inputs[names[0]]) if np.ndim(inputs[names[0]]) else 1)
         if not self.sizes:
             raise DataError("there are no inputs to repair the model on", "give at least one batch")
@@ -181,6 +199,33 @@ class _Work:
     def is_held(self, batch: int) -> bool:
         every = HOLD_OUT if len(self.sizes) >= HOLD_OUT else max(len(self.sizes), 2)
         return batch % every == every - 1
+
+    @torch.no_grad()
+    def judge(self) -> tuple[float, float]:
+        """Error of the pruned network's outputs with the sliced weights and with the new ones, relative to the variance
+        of the original's, summed over the outputs."""
+        first = 1 if len(self.judged) > 1 else 0
+        sums: list[list[np.ndarray]] = []
+        for k in range(first, len(self.judged)):
+            inputs = [x for _, x in sorted(self.judged.take(k).items())]
+            wanted = _floats(self.original.module(*inputs))
+            new = _floats(self.pruned.module(*inputs))
+            self.swap()
+            old = _floats(self.pruned.module(*inputs))
+            self.swap()
+            sums.append([_squares(*t) for t in zip(wanted, old, new, strict=True)])
+        total = np.zeros(2)
+        for outputs in zip(*sums, strict=True):
+            n, first_moment, second, *errors = np.sum(outputs, 0)
+            total += np.array(errors) / max(second - first_moment**2 / max(n, 1), np.finfo(float).tiny)
+        return float(total[0]), float(total[1])
+
+    def swap(self) -> None:
+        """Exchange the new weights with the sliced ones."""
+        for name, other in self.sliced.items():
+            tensor = self.pruned.tensor(name)
+            self.sliced[name] = tensor.clone()
+            tensor.copy_(other)
 
     def steps(self) -> list[list[Consumer]]:
         """Consumers that are solved for together: as many others lie in front of them, and their moments fit."""
@@ -256,6 +301,7 @@ class _Work:
 
     def exchange(self, name: str, array: np.ndarray) -> None:
         tensor = self.pruned.tensor(name)
+        self.sliced[name] = tensor.clone()
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         self.values[name] = tensor.numpy().copy()
 
@@ -290,6 +336,17 @@ def _batches(data: Source | Batches, samples: int, batch: int | None, seed: int)
         count = min((len(a) for a in inputs.values() if np.ndim(a)), default=1)
         yield inputs
         left -= count
+
+
+def _floats(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return [x.double() for x in found if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _squares(wanted: Tensor, old: Tensor, new: Tensor) -> np.ndarray:
+    """Number, sum and sum of squares of the elements, and those of the squared errors."""
+    errors = (float((x - wanted).square().sum()) for x in (old, new))
+    return np.array([wanted.numel(), float(wanted.sum()), float(wanted.square().sum()), *errors])
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:
