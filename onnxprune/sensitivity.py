@@ -114,12 +114,15 @@ def measure(
     importance: str | Criterion | Scores = "taylor",
     metric: Metric | None = None,
     fractions: Sequence[float] = FRACTIONS,
+    repaired: bool = False,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Sensitivity:
     """Mask the least important units of each group, more and more of them, and see what the output loses.
 
     metric: of `metrics.parse_metric`; by default the agreement with the original. fractions: of a group's units.
+    repaired: whether what is left makes up for what is gone, as far as an affine prediction can: what a repair in
+        closed form will do.
     progress: called with the samples done and those there are.
     Raises UsageError and DataError for a metric that can't be taken, NotMirrored.
     """
@@ -130,7 +133,7 @@ def measure(
     ranked = scores(analysis, list(groups), importance, seed=seed, calibration=calibration)
     removed = {g.id: _counts(g.size, fractions) for g in groups}
     masks = {g.id: [np.argsort(ranked[g.id], kind="stable")[:n] for n in removed[g.id]] for g in groups}
-    taken = _Taken(analysis, calibration, chosen, masks)
+    taken = _Taken(analysis, calibration, chosen, masks, repaired=repaired)
     taken.run(progress)
     before, curves = taken.result(), {}
     for gid, counts in removed.items():
@@ -163,6 +166,8 @@ class _Taken:
         calibration: Calibration,
         metric: Metric,
         masks: Mapping[str, Sequence[np.ndarray]],
+        *,
+        repaired: bool,
     ) -> None:
         from onnxprune.calibrate.masked import Branches
         from onnxprune.train.loss import criterion
@@ -178,7 +183,7 @@ class _Taken:
         kinds = output_kinds(analysis.graph)
         self.loss = criterion("auto", outputs=kinds)
         self.kind, self.target = _judged(kinds, calibration.source.targets if metric.needs_targets else None)
-        self.branches = Branches(calibration.watched, masks)
+        self.branches = Branches(calibration.watched, masks, calibration.predictor if repaired else None)
         self.meters: dict[tuple[str, int], Meter] = {}
         self.whole = self._meter()
         self.losses: dict[tuple[str, int], float] = {}

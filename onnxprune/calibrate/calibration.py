@@ -20,6 +20,7 @@ from onnxprune.errors import UsageError
 
 if TYPE_CHECKING:
     from onnxprune.calibrate.moments import Moments
+    from onnxprune.calibrate.predicted import Predictor
     from onnxprune.calibrate.watched import Batches, Watched
 
 __all__ = ["SAMPLES", "Calibration"]
@@ -89,6 +90,20 @@ class Calibration:
         from onnxprune.calibrate.gradients import distillation_slopes
 
         return distillation_slopes(self.watched, self.batches, seed=self.seed)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """What stands for removed units after a repair."""
+        from onnxprune.calibrate.predicted import Predictor
+
+        return Predictor(self.watched, self.batches)
+
+    @cached_property
+    def saliencies(self) -> Mapping[str, np.ndarray]:
+        """Per group id, what each unit costs its readers after they have made the best of the others."""
+        from onnxprune.calibrate.saliency import saliencies
+
+        return saliencies(self.watched, self.batches)
 
     def _criterion(self) -> Any:
         from onnxprune.train.loss import criterion, output_kinds

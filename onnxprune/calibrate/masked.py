@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from onnxprune.calibrate.layout import Part, made_parts
+from onnxprune.calibrate.predicted import Prediction, Predictor, filled
 from onnxprune.calibrate.watched import Watched, gate
 
 __all__ = ["Branches"]
@@ -25,14 +26,17 @@ Outputs = Mapping[str, Tensor]
 
 
 class Branches:
-    """Runs a network with every mask of every group. masks: per group id, indices of units that go together."""
+    """Runs a network with every mask of every group. masks: per group id, indices of units that go together.
+    predictor: puts, where units are read, what the others tell of them in their place: what is seen then is the network
+    after its repair."""
 
-    def __init__(self, watched: Watched, masks: Masks) -> None:
+    def __init__(self, watched: Watched, masks: Masks, predictor: Predictor | None = None) -> None:
         self.watched = watched
         self.nodes: list[Node] = list(watched.module.graph.nodes)
         self.run = _Masked(watched)
         parts = made_parts(watched)
         sizes = {g.id: g.size for g in watched.analysis.groups}
+        self.gone, self.predictor = masks, predictor
         self.masks = {g: [_factors(parts[g], sizes[g], gone) for gone in found] for g, found in masks.items()}
         place = {node.args[1]: k for k, node in enumerate(self.nodes) if node.target is gate}
         starts = {g: min((place[p.gate] for p in parts[g] if p.gate in place), default=len(self.nodes)) for g in masks}
@@ -48,9 +52,11 @@ class Branches:
         self.run.args_iter = iter(inputs)
         at = 0
         for start, group in self.starts:
+            self.run.predictions = {}
             self._advance(env, at, start, {})
             at = start
             for k, factors in enumerate(self.masks[group]):
+                self.run.predictions = self.predictor.of(group, self.gone[group][k]) if self.predictor else {}
                 branch = dict(env)
                 found = self._advance(branch, start, len(self.nodes), factors)
                 yield group, k, self.watched.named(found)
@@ -69,18 +75,22 @@ class Branches:
 
 
 class _Masked(Interpreter):
-    """Multiplies what makes units. factors: per gate, what with, and along which axis."""
+    """Multiplies what makes units, and fills in where they are read. factors: per gate, along which axis, and what
+    with."""
 
     def __init__(self, watched: Watched) -> None:
         super().__init__(watched.module)
         self.factors: Mapping[int, Sequence[tuple[int, Tensor]]] = {}
+        self.predictions: Mapping[int, Sequence[Prediction]] = {}
 
     def run_node(self, node: Node) -> Any:
         x = super().run_node(node)
-        if node.target is gate and self.factors:
+        if node.target is gate:
             number: Any = node.args[1]
             for axis, factor in self.factors.get(number, ()):
                 x = x * factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1 - axis))
+            for prediction in self.predictions.get(number, ()):
+                x = filled(x, prediction)
         return x
 
 
