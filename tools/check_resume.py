@@ -1,9 +1,10 @@
 """`compress` that is killed, that runs in two processes, and that is given bad data.
 
-    python tools/check_resume.py MODEL --data SPEC [--preprocess scale=1/255] [--only kills,team,data]
+    python tools/check_resume.py MODEL --data SPEC [--preprocess scale=1/255] [--only kills,team,data] [--method tpp]
 
 kills  kill -9 at moments of every kind (before the first checkpoint, while one is written, between them, behind the
-       last one), then --resume: the file must be that of a run that was left alone, byte for byte
+       last one; with a method also between sparsifying and tuning), then --resume: the file must be that of a run that
+       was left alone, byte for byte
 team   torchrun with two processes (gloo, CPU) against one: weights equal to 1e-5, one file, and nothing else; once as
        the model is and once with --rebn. In float32, by plain SGD at a low rate, so that what is compared is the
        computation and not how training amplifies rounding. Then the data fails in one of the two processes
@@ -36,6 +37,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TOLERANCE = 1e-5
 POLL_S = 0.001
 KINDS = ("before the first checkpoint", "while a checkpoint is written", "in training", "behind the last checkpoint")
+BETWEEN = "between the phases"
+PHASES = ("", "sparsify", "tune")  # folders of a run directory: of oneshot, and of a method's two phases
 
 SOURCES = """
 import os
@@ -95,12 +98,13 @@ BAD = [name for name in re.findall(r"^def (\w+)", SOURCES, re.M) if name not in 
 
 def command(given: argparse.Namespace, out: Path, *more: object, data: str | None = None, steps: int = 0) -> list[str]:
     """The arguments of a run, behind `python`."""
-    found = ["-m", "onnxprune", "compress", given.model, out, "--target", given.target, "--no-latency", "-q"]
-    found += ["--best-effort", "--device", "cpu", "--data", data or given.data, "--steps", steps or given.steps]
-    found += ["--batch-size", given.batch_size]
+    parts = ["-m", "onnxprune", "compress", given.model, out, "--target", given.target, "--no-latency", "-q"]
+    parts += ["--best-effort", "--device", "cpu", "--data", data or given.data, "--steps", steps or given.steps]
+    parts += ["--batch-size", given.batch_size, "--method", given.method]
+    parts += [text for option in given.method_option for text in ("--method-option", option)]
     if given.preprocess and data is None:
-        found += ["--preprocess", given.preprocess]
-    return [str(part) for part in (*found, *more)]
+        parts += ["--preprocess", given.preprocess]
+    return [str(part) for part in (*parts, *more)]
 
 
 def run(arguments: Sequence[str], launcher: Sequence[str] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
@@ -116,9 +120,14 @@ def must(arguments: Sequence[str], launcher: Sequence[str] = (sys.executable,)) 
 # kills
 
 
+def found(run_dir: Path, pattern: str) -> list[Path]:
+    """Files of checkpoints, phase by phase."""
+    return [path for phase in PHASES for path in sorted((run_dir / phase / "checkpoints").glob(pattern))]
+
+
 def newest(run_dir: Path) -> int:
     """The step of the newest checkpoint, -1 where there is none."""
-    manifests = sorted((run_dir / "checkpoints").glob("*.json"))
+    manifests = found(run_dir, "*.json")
     return int(json.loads(manifests[-1].read_text())["step"]) if manifests else -1
 
 
@@ -130,10 +139,13 @@ def moment(kind: str, run_dir: Path, steps: int, dice: random.Random, whole_s: f
         return lambda: time.monotonic() - begun > delay or newest(run_dir) >= 0
     if kind == KINDS[1]:
         left = dice.randrange(1, steps)
-        return lambda: newest(run_dir) >= left and any((run_dir / "checkpoints").glob("*.tmp"))
+        return lambda: newest(run_dir) >= left and bool(found(run_dir, "*.tmp"))
     if kind == KINDS[2]:
         left = dice.randrange(1, steps)
         return lambda: newest(run_dir) >= left
+    if kind == BETWEEN:  # or a little before or behind
+        first = dice.randrange(steps // 3, 2 * steps // 3)
+        return lambda: newest(run_dir) >= first or (run_dir / PHASES[2]).exists()
     pause = dice.uniform(0, 0.02) * whole_s
     ended: list[float] = []
 
@@ -153,8 +165,9 @@ def check_kills(given: argparse.Namespace, folder: Path) -> bool:
     must(command(given, whole, *more))
     whole_s, expected = time.monotonic() - begun, whole.read_bytes()
     rows, good = [], True
+    kinds = KINDS if given.method == "oneshot" else (*KINDS, BETWEEN)
     for k in range(given.kills):
-        out, run_dir, kind = folder / f"out{k}" / "model.onnx", folder / f"run{k}", KINDS[k % len(KINDS)]
+        out, run_dir, kind = folder / f"out{k}" / "model.onnx", folder / f"run{k}", kinds[k % len(kinds)]
         out.parent.mkdir()
         arguments = command(given, out, *more, "--run-dir", run_dir)
         process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -163,7 +176,7 @@ def check_kills(given: argparse.Namespace, folder: Path) -> bool:
             time.sleep(POLL_S)
         process.kill()
         killed = process.wait() == -9
-        left = [p.name for p in (run_dir / "checkpoints").glob("*.tmp")]
+        left = [p.name for p in found(run_dir, "*.tmp")]
         at, there = newest(run_dir), out.exists()
         half = there and out.read_bytes() != expected
         done = run([*arguments, "--resume", *(["--force"] if there else [])])
@@ -173,7 +186,7 @@ def check_kills(given: argparse.Namespace, folder: Path) -> bool:
             [
                 k + 1,
                 kind if killed else "too late: it had ended",
-                "none" if at < 0 else f"step {at}",
+                "none" if at < 0 else f"step {at}{', tuning' if (run_dir / PHASES[2]).exists() else ''}",
                 ", ".join(left) or "-",
                 "HALF" if half else "whole" if there else "no",
                 done.returncode,
@@ -260,6 +273,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="as compress takes it; a path is made absolute")
     parser.add_argument("--preprocess")
     parser.add_argument("--target", default="macs=0.5")
+    parser.add_argument("--method", default="oneshot")
+    parser.add_argument("--method-option", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--steps", type=int, default=30, help="of the runs that are killed")
     parser.add_argument("--team-steps", type=int, default=10, help="of the runs of two processes")
     parser.add_argument("--batch-size", type=int, default=16)

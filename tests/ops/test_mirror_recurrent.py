@@ -207,3 +207,13 @@ def test_stored_initial_states_are_no_weights() -> None:
     module = mirror(one_node("LSTM", inputs, stored=(1, 2, 3, 5, 6), **more)[0])
     assert {n for n, _ in module.named_parameters()} == {"x1", "x2", "x3"}
     assert {n for n, _ in module.named_buffers()} == {"x5", "x6"}
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_states_of_another_batch_are_refused(op: str) -> None:
+    """torch's cells would read past the end of them."""
+    inputs, more = layer(op, states=True, batch=1)
+    model, _ = one_node(op, inputs, stored=(1, 2, 3), **more)
+    x, *states = (torch.from_numpy(a) for a in (inputs[0], *inputs[5:]) if a is not None)
+    with pytest.raises(RuntimeError, match="states of"):
+        mirror(model).forward(x.expand(-1, 2, -1), *states)

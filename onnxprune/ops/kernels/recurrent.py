@@ -104,6 +104,9 @@ def fused(
     steps, batch = x.shape[:2]
     zeros = x.new_zeros(w.size(0), batch, r.size(2))
     hx = tuple(zeros if s is None else s.contiguous() for s in states)
+    for s in hx:  # torch's cell doesn't look, and would read past their end
+        if s.shape != zeros.shape:
+            raise RuntimeError(f"states of {tuple(s.shape)} for {batch} sequences, expected {tuple(zeros.shape)}")
     weights = flat_weights(w, r, bias, order)
     settings = (bias is not None, 1, 0.0, torch.is_grad_enabled(), direction == "bidirectional")
     each = None if lengths is None else lengths.tolist()
