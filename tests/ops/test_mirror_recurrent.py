@@ -212,7 +212,7 @@ def test_stored_initial_states_are_no_weights() -> None:
 @pytest.mark.parametrize("op", GATES)
 def test_states_of_another_batch_are_refused(op: str) -> None:
     """torch's cells would read past the end of them."""
-    inputs, more = layer(op, states=True, batch=1)
+    inputs, more = layer(op, states=True, batch=1, **({"linear_before_reset": 1} if op == "GRU" else {}))
     model, _ = one_node(op, inputs, stored=(1, 2, 3), **more)
     x, *states = (torch.from_numpy(a) for a in (inputs[0], *inputs[5:]) if a is not None)
     with pytest.raises(RuntimeError, match="states of"):
