@@ -26,9 +26,9 @@ def places(whole: np.ndarray, part: np.ndarray) -> list[np.ndarray] | None:
     values, first = values[counts == 1], first[counts == 1]
     if not len(values):
         return None
-    at = np.searchsorted(values, part).clip(max=len(values) - 1)
-    known = values[at] == part
-    came = np.unravel_index(first[at], whole.shape)
+    at = np.searchsorted(values, part.ravel()).clip(max=len(values) - 1)
+    known = (values[at] == part.ravel()).reshape(part.shape)
+    came = [c.reshape(part.shape) for c in np.unravel_index(first[at], whole.shape)]
     found = []
     for axis, size in enumerate(part.shape):
         if size == whole.shape[axis]:

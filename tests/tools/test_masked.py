@@ -47,6 +47,13 @@ def test_values_tell_from_where_a_part_came(axes: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(expected, got)
 
 
+def test_a_pointwise_kernel_is_found() -> None:
+    whole = np.random.default_rng(1).normal(size=(128, 256, 1, 1)).astype(np.float32)
+    found = places(whole, whole[1::2])
+    assert found is not None
+    np.testing.assert_array_equal(found[0], np.arange(1, 128, 2))
+
+
 @pytest.mark.parametrize("part", [W[:4] + 1, np.ones((4, 5), np.float32), W[:4, None]])
 def test_what_is_no_part_has_no_place(part: np.ndarray) -> None:
     assert places(W, part) is None
