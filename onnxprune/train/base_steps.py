@@ -96,7 +96,8 @@ class BaseSteps:
     def _zeros(self) -> Storage:
         if self._scratch is None:
             self._scratch = self.table.storage()
-        torch._foreach_zero_(self._scratch.banks)
+        for bank in self._scratch.banks:
+            bank.zero_()
         return self._scratch
 
     def _without(self, buffers: Storage, still: Sequence[int]) -> list[Tensor]:

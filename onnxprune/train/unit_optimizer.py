@@ -184,14 +184,21 @@ class UnitOptimizer(Optimizer):
         means = {name: s.double().cpu().numpy() / max(self.samples, 1) for name, s in sums.items()}
         return Statistics(**means, counts=self.table.counts.double().cpu().numpy(), families=self.table.slices)
 
+    def scores(self, statistics: Statistics | None = None) -> dict[str, np.ndarray]:
+        """How much each unit matters, per family; by the steps that were measured, where nothing else is given."""
+        return saliency(statistics or self.statistics(), self._criterion, normalise=self._normalise)
+
+    def choice(self, share: float, scores: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
+        """What the target wants to be redundant at this share of the way."""
+        removed = {f: gone.astype(bool) for f, gone in self.table.by_family(self.redundant).items()}
+        return self._choose(scores or self.scores(), share=share, removed=removed) if self.table.units else {}
+
+    def _chosen(self, choice: Mapping[str, np.ndarray]) -> Tensor:
+        return self.table.from_families({f: np.asarray(v, np.float32) for f, v in choice.items()}) > 0
+
     def choose(self, share: float) -> None:
-        """Make `redundant` what the target wants at this share of the way, and forget the statistics."""
-        if self.table.units:
-            scores = saliency(self.statistics(), self._criterion, normalise=self._normalise)
-            removed = {f: gone.astype(bool) for f, gone in self.table.by_family(self.redundant).items()}
-            found = self._choose(scores, share=share, removed=removed)
-            chosen = self.table.from_families({f: np.asarray(v, np.float32) for f, v in found.items()})
-            self.redundant |= chosen > 0
+        """Add to `redundant` what the target wants at this share of the way, and forget the statistics."""
+        self.redundant |= self._chosen(self.choice(share))
         self.forget()
 
     def forget(self) -> None:
@@ -248,7 +255,8 @@ class UnitOptimizer(Optimizer):
     def record(self, m: Measured) -> None:
         """Add to the statistics that units are chosen by."""
         values = (m.norm, self.cosine, m.inner, m.inner.square())
-        torch._foreach_add_(list(self._sums.values()), list(values))
+        for total, value in zip(self._sums.values(), values, strict=True):
+            total.add_(value)
 
     # state
 
