@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from click.testing import Result as Run
 from jsonschema import Draft202012Validator
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 import onnxprune
 from onnxprune import cli, pipeline, sparsify
@@ -190,6 +190,29 @@ def test_inexact_groups_are_taken_only_where_that_is_allowed(files: dict[str, tu
     assert inexact <= found.plan.keep.keys()
     assert found.sparsified is not None and found.sparsified.max_rel_error is None
     onnxprune.verify(model, out)
+
+
+class Gate(nn.Module):
+    """Units that are a half where nothing makes them, summed to one number. (N,12)"""
+
+    example = (12,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.take = nn.Linear(12, 32), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.take(torch.sigmoid(self.make(x)))
+
+
+def test_what_dead_units_contributed_is_made_of_trained_weights(out: Path, tmp_path: Path) -> None:
+    """A single number here, which would be a constant in another place."""
+    model, data = exported(Gate, tmp_path / "gate.onnx"), data_for(Gate, tmp_path / "gate.npz")
+    found = compress(model, data, out, target="params=0.5")
+    assert [g.kind for g in found.analysis.groups] == ["compensated"]
+    assert found.sparsified is not None and found.sparsified.max_rel_error is not None
+    assert found.sparsified.max_rel_error < 1e-5
+    assert "trained: weights not compared" in onnxprune.verify(model, out).notes
 
 
 # what must not happen

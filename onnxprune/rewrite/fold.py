@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxprune.axes.expr import Atom, Expr, Product, Sum, kept, resolve
-from onnxprune.model.graph import Node
+from onnxprune.model.graph import Graph, Node
 from onnxprune.model.payload import dtype_of
 from onnxprune.ops.rules import Contraction
 
 if TYPE_CHECKING:
     from onnxprune.rewrite.rewrite import Rewrite
 
-__all__ = ["fold_constants"]
+__all__ = ["fold_constants", "folded"]
 
 
 def fold_constants(work: Rewrite, node: Node, contraction: Contraction, constants: dict[Atom, float]) -> None:
@@ -39,6 +39,20 @@ def fold_constants(work: Rewrite, node: Node, contraction: Contraction, constant
     new.output[0] = hidden
     shift = work.edit.constant(f"{output}_constant", total.astype(dtype_of(elem)).reshape(shape))
     work.edit.insert_after(node.index, "Add", [hidden, shift], output)
+
+
+def folded(original: Graph, pruned: Graph) -> set[str]:
+    """Names of the stored tensors that `fold_constants` added. They are sums of weights, and as such change in training
+    before the surgery."""
+    known = {*original.parameters, *original.producers, *original.inputs}
+    return {
+        node.inputs[1]
+        for node in pruned.nodes
+        if node.op == "Add"
+        and node.inputs[1] in pruned.parameters
+        and node.outputs[0] in known
+        and not known.intersection(node.inputs)
+    }
 
 
 def dead_constants(expr: Expr, keep: dict[Atom, np.ndarray], constants: dict[Atom, float]) -> np.ndarray:

@@ -8,7 +8,7 @@ the same nodes, attributes, names, types, shapes and constants.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from onnxprune.model.save import write
 from onnxprune.model.weights import reads, statistics, weights
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Verification
+from onnxprune.rewrite.fold import folded
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.plan import Plan
 from onnxprune.verify.equivalence import check, prove
@@ -60,7 +61,8 @@ def prove_trained(
         write(model, again)
         found = prove(analysis, plan, again, seed=seed, shapes=shapes, model=model)
         graph = infer(trained, registry, pins)
-        problem = next(differences(infer(open_model(again), registry, pins), graph), None)
+        wanted = infer(open_model(again), registry, pins)
+        problem = next(differences(wanted, graph, free=folded(analysis.graph, wanted)), None)
     if problem is not None:
         raise VerificationFailed(
             f"{path.name} differs from the pruned original in more than its weights: {problem}",
@@ -74,10 +76,10 @@ def prove_trained(
     return replace(found, notes=(*found.notes, NOTE))
 
 
-def differences(wanted: Graph, found: Graph) -> Iterator[str]:
-    """In words, where a graph is not the wanted one with other weights."""
+def differences(wanted: Graph, found: Graph, *, free: Set[str] = frozenset()) -> Iterator[str]:
+    """In words, where a graph is not the wanted one with other weights. free: stored tensors made of weights."""
     yield from _header(wanted.model.proto, found.model.proto)
-    yield from _graphs(wanted, found, "")
+    yield from _graphs(wanted, found, "", free)
 
 
 def _header(wanted: onnx.ModelProto, found: onnx.ModelProto) -> Iterator[str]:
@@ -86,15 +88,15 @@ def _header(wanted: onnx.ModelProto, found: onnx.ModelProto) -> Iterator[str]:
         yield "it is of another opset or IR version"
 
 
-def _graphs(wanted: Graph, found: Graph, where: str) -> Iterator[str]:
-    """where: the path of control-flow nodes, for messages."""
+def _graphs(wanted: Graph, found: Graph, where: str, made: Set[str] = frozenset()) -> Iterator[str]:
+    """where: the path of control-flow nodes, for messages. made: of weights."""
     protos = wanted.model.proto.graph, found.model.proto.graph
     for field in ("input", "output", "value_info", "sparse_initializer", "quantization_annotation"):
         if _bytes(getattr(protos[0], field)) != _bytes(getattr(protos[1], field)):
             yield f"{where}the graph's {field.replace('_', ' ')}s are others"
     for name in sorted(wanted.parameters.keys() ^ found.parameters.keys()):
         yield f"{where}the tensor '{name}' is stored in one of them only"
-    free = _trainable(wanted)
+    free = _trainable(wanted) | made
     for name in sorted(wanted.parameters.keys() & found.parameters.keys()):
         yield from (f"{where}{text}" for text in _tensors(wanted, found, name, free=name in free))
     nodes = [[n for n in g.nodes if not any(o in g.parameters for o in n.outputs)] for g in (wanted, found)]
