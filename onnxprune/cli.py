@@ -40,7 +40,8 @@ Exit codes:
 """
 
 # Named here as well so that --help loads no stage; a test compares them with the tables of `select` and `verify`.
-IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm")
+IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm", "wanda", "variance", "taylor", "distill", "obs")
+ALLOCATIONS = ("importance", "sensitivity")
 DEPLOYMENTS = ("ort-cpu", "openvino", "tensorrt", "none")
 OPTIMISATION = ("none", "basic", "extended", "all")
 
@@ -295,7 +296,19 @@ def main() -> None:
     type=click.Choice(IMPORTANCE),
     default="l2",
     show_default=True,
-    help="Which units are worth the least.",
+    help="Which units are worth the least; from wanda on it is found out on --data.",
+)
+@_option(
+    "--allocate",
+    type=click.Choice(ALLOCATIONS),
+    default="importance",
+    show_default=True,
+    help="How the cut is shared out: by importance alone, or by what each group's loss costs on --data.",
+)
+@_option(
+    "--sensitivity",
+    metavar="FILE",
+    help="Take importance and what groups cost from this file of `onnxprune sensitivity`.",
 )
 @_option(
     "--scope",
@@ -398,6 +411,53 @@ def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes, json_
         lambda: inspect_document(found.summary, found.analysis, timing=timing),
         lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0),
     )
+
+
+@main.command()
+@click.argument("model")
+@_option("--data", required=True, metavar="SPEC", help="Measure on this, in any form that compress takes.")
+@_option("--preprocess", metavar="KEY=VALUE,...", help="As for compress.")
+@_option("--eval", "evaluate", default="agreement", show_default=True, metavar="NAME", help="Metric beside the loss.")
+@_option("--importance", type=click.Choice(IMPORTANCE), default="obs", show_default=True, help="Which units go first.")
+@_option("--samples", type=click.IntRange(min=1), help="Measure on N samples, instead of what takes a few minutes.")
+@_option("--repaired", is_flag=True, help="Let what is left make up for what is gone, as closed-form repair does.")
+@_option("--out", metavar="FILE", help="Where to keep the curves: <stem>.sensitivity.json beside the model by default.")
+@_exclude
+@_option("--allow-inexact", is_flag=True, help="Also groups whose removal changes the function.")
+@_shapes
+@_json
+@_verbose
+@_quiet
+@_seed
+def sensitivity(
+    model: str,
+    *,
+    out: str | None,
+    json_to: str | None,
+    verbose: int,
+    quiet: bool,
+    input_shapes: Shapes,
+    **options: Any,
+) -> None:
+    """Measure what MODEL loses with the units of each group, for `compress --sensitivity`."""
+    path = Path(model)
+    kept = Path(out) if out is not None else path.with_name(f"{path.stem}.sensitivity.json")
+    _check_json(json_to, path, kept)
+    _check_json(str(kept), path)
+    from onnxprune import pipeline
+    from onnxprune.report.sensitivity import sensitivity_table
+
+    with _Progress(quiet=quiet) as progress, _terminable():
+        analysis, found = pipeline.sensitivity(
+            model,
+            input_shapes=input_shapes or None,
+            progress=lambda done, of: progress(f"{done} of {of} samples"),
+            **options,
+        )
+    found.save(kept)
+    _deliver(json_to, found.document, lambda: sensitivity_table(analysis, found, verbose=verbose > 0), quiet=quiet)
+    if not quiet and json_to != "-":
+        _say(f"written: {kept}")
 
 
 @main.command()

@@ -28,10 +28,11 @@ from onnxprune.model.profile import costs, summary
 from onnxprune.model.save import place, write
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
+from onnxprune.ranking import Ranking, measured_samples, ranking
 from onnxprune.result import Latency, ModelSummary, Result, Verification
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.align import aligned_counts, block_size
-from onnxprune.select.choose import Choice, choose
+from onnxprune.select.choose import Choice, candidates, choose
 from onnxprune.select.importance import Criterion
 from onnxprune.select.plan import METADATA_KEY, plan_from_text, stored_settings
 from onnxprune.select.target import Target, parse_target
@@ -45,10 +46,11 @@ if TYPE_CHECKING:
     import torch.fx
 
     from onnxprune.latency.search import Reached
+    from onnxprune.sensitivity import Sensitivity
     from onnxprune.train.log import Row
     from onnxprune.train.sparsify import Sparsifier
 
-__all__ = ["Inspection", "analyse", "compress", "inspect", "mirror", "verify"]
+__all__ = ["Inspection", "analyse", "compress", "inspect", "mirror", "sensitivity", "verify"]
 
 Shapes = Mapping[str, Sequence[int]]
 Progress = Callable[[str], None]
@@ -94,6 +96,8 @@ def compress(
     method: str | type[Sparsifier] = ONESHOT,
     method_options: Mapping[str, Any] | None = None,
     importance: str | Criterion = "l2",
+    allocate: str = "importance",
+    sensitivity: str | os.PathLike[str] | None = None,
     scope: str = "global",
     floor: float = 0.1,
     deploy: str = "ort-cpu",
@@ -126,7 +130,8 @@ def compress(
         'latency=0.6' or 'latency=12ms' in onnxruntime on this machine with `threads` threads.
     method: 'oneshot' removes the units of least importance; 'dhspg', 'hesso', 'tpp', 'greg', 'fixreg', 'imp' and 'issp'
         (`train.methods`) drive units to zero in training on `data` and then remove them. method_options: by name;
-        'share' is the part of the training that comes before the removal. importance: for 'oneshot'.
+        'share' is the part of the training that comes before the removal. importance, allocate: for 'oneshot', as
+        `ranking.ranking` takes them; sensitivity: a file that `sensitivity` wrote, which tells both.
     deploy, align: the block that kept counts are multiples of (`select.align`). floor: least share a group keeps.
     exclude: regular expressions of initializer and node names to leave alone.
     input_shapes: sizes of inputs with symbolic dimensions, for costs, the proof and latency.
@@ -174,10 +179,23 @@ def compress(
     before = summary(graph.model, name, costs(analysis))
     wanted = Wanted(target=goal, scope=scope, floor=floor, align=block, allow_inexact=allow_inexact)
     families = None if chosen is None or work is None else work.families(analysis, allow_inexact=allow_inexact)
+    ranked = Ranking("l2")
+    if chosen is None:
+        ranked = ranking(
+            analysis,
+            candidates(analysis, allow_inexact=allow_inexact),
+            None if work is None or work.recovery is None else work.recovery.source,
+            importance=importance,
+            allocate=allocate,
+            stored=None if sensitivity is None else Path(sensitivity),
+            seed=seed,
+        )
     plan = partial(
         choose,
         analysis,
-        importance=importance if chosen is None else "l2",
+        importance=ranked.importance,
+        calibration=ranked.calibration,
+        losses=ranked.losses,
         scope=scope,
         floor=floor,
         align=block,
@@ -282,6 +300,55 @@ def analyse(
     """Groups, axes, coverage and barriers of a model. Raises ModelRejected, UsageError."""
     graph = model if isinstance(model, Graph) else _load(model, registry, input_shapes)
     return analyse_graph(graph, registry=registry, exclude=exclude)
+
+
+def sensitivity(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    data: object,
+    *,
+    preprocess: str | None = None,
+    importance: str | Criterion = "taylor",
+    evaluate: str = "agreement",
+    samples: int | None = None,
+    repaired: bool = False,
+    exclude: Sequence[str] = (),
+    allow_inexact: bool = False,
+    input_shapes: Shapes | None = None,
+    seed: int = 0,
+    registry: Mapping[str, Operator] = OPERATORS,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Analysis, Sensitivity]:
+    """What a model loses with the units of each group, more and more of them, one group at a time. Wants torch.
+
+    data, preprocess: as `compress` takes them. importance: the order in which units go. evaluate: the metric beside the
+    distillation loss, such as 'top1'. samples: how many to measure on; None: what takes a few minutes.
+    repaired: whether what is left makes up for what is gone, as closed-form repair will.
+    Raises UsageError, DataError, ModelRejected, NothingPrunable, NotMirrored.
+    """
+    from onnxprune.calibrate import Calibration
+    from onnxprune.calibrate.calibration import SAMPLES
+    from onnxprune.data import open_data, signature_of
+    from onnxprune.metrics import parse_metric
+    from onnxprune.sensitivity import measure
+
+    graph = _load(model, registry, input_shapes)
+    analysis = analyse_graph(graph, registry=registry, exclude=exclude)
+    groups = candidates(analysis, allow_inexact=allow_inexact)
+    source = open_data(data, signature_of(graph), preprocess=preprocess)
+    calibration = Calibration(analysis, source, samples or SAMPLES, seed)
+    few = samples or measured_samples(analysis, groups, SAMPLES)
+    metric = parse_metric(evaluate)
+    return analysis, measure(
+        analysis,
+        groups,
+        calibration,
+        importance=importance,
+        metric=metric,
+        samples=few,
+        repaired=repaired,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def mirror(

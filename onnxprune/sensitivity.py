@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,7 @@ def measure(
     metric: Metric | None = None,
     fractions: Sequence[float] = FRACTIONS,
     repaired: bool = False,
+    samples: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Sensitivity:
@@ -122,7 +123,7 @@ def measure(
 
     metric: of `metrics.parse_metric`; by default the agreement with the original. fractions: of a group's units.
     repaired: whether what is left makes up for what is gone, as far as an affine prediction can: what a repair in
-        closed form will do.
+        closed form will do. samples: of the calibration's, to measure on; all unless told otherwise.
     progress: called with the samples done and those there are.
     Raises UsageError and DataError for a metric that can't be taken, NotMirrored.
     """
@@ -133,7 +134,7 @@ def measure(
     ranked = scores(analysis, list(groups), importance, seed=seed, calibration=calibration)
     removed = {g.id: _counts(g.size, fractions) for g in groups}
     masks = {g.id: [np.argsort(ranked[g.id], kind="stable")[:n] for n in removed[g.id]] for g in groups}
-    taken = _Taken(analysis, calibration, chosen, masks, repaired=repaired)
+    taken = _Taken(analysis, calibration, chosen, masks, samples=samples, repaired=repaired)
     taken.run(progress)
     before, curves = taken.result(), {}
     for gid, counts in removed.items():
@@ -167,6 +168,7 @@ class _Taken:
         metric: Metric,
         masks: Mapping[str, Sequence[np.ndarray]],
         *,
+        samples: int | None,
         repaired: bool,
     ) -> None:
         from onnxprune.calibrate.masked import Branches
@@ -179,7 +181,8 @@ class _Taken:
             )
         if metric.needs_targets and not calibration.source.targets:
             raise UsageError(f"metric '{metric.name}' needs targets and the data has none", "--eval agreement does not")
-        self.calibration, self.metric = calibration, metric
+        self.watched, self.metric = calibration.watched, metric
+        self.batches = replace(calibration.batches, samples=min(calibration.samples, samples or calibration.samples))
         kinds = output_kinds(analysis.graph)
         self.loss = criterion("auto", outputs=kinds)
         self.kind, self.target = _judged(kinds, calibration.source.targets if metric.needs_targets else None)
@@ -194,10 +197,10 @@ class _Taken:
         return self.metric.meter(self.kind, self.target)
 
     def run(self, progress: Callable[[int, int], None]) -> None:
-        batches, watched = self.calibration.batches, self.calibration.watched
+        batches, watched = self.batches, self.watched
         for batch in batches:
             inputs = batches.tensors(batch)
-            teacher = {n: x.detach() for n, x in watched.named(watched.module(*inputs)).items()}
+            teacher = watched.outputs_of(inputs)
             reference = batch.targets[self.target] if self.metric.needs_targets else _numpy(teacher[self.kind.name])
             self.whole.add(_numpy(teacher[self.kind.name]), reference)
             for gid, k, outputs in self.branches.batch(inputs):

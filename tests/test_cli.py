@@ -132,6 +132,10 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
         "periods = 3",
         "--importance",
         "fpgm",
+        "--allocate",
+        "sensitivity",
+        "--sensitivity",
+        "curves.json",
         "--scope",
         "local",
         "--floor",
@@ -167,6 +171,8 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
         "method": "hesso",
         "method_options": {"share": "0.2", "periods": "3"},
         "importance": "fpgm",
+        "allocate": "sensitivity",
+        "sensitivity": "curves.json",
         "scope": "local",
         "floor": 0.25,
         "deploy": "none",
@@ -477,7 +483,7 @@ def test_bench_takes_any_number_of_models(tiny_cnn: Path) -> None:
 # the process
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "bench"])
+@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "bench", "sensitivity"])
 def test_every_help_lists_the_exit_codes(command: str) -> None:
     for result in (run("--help"), run(command, "-h")):
         assert result.exit_code == 0
@@ -490,11 +496,13 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_choices_are_those_of_the_stages() -> None:
+    from onnxprune.ranking import ALLOCATIONS
     from onnxprune.select.align import DEPLOYMENTS
     from onnxprune.select.importance import IMPORTANCE
     from onnxprune.verify.latency import OPTIMISATION
 
     assert set(cli.IMPORTANCE) == set(IMPORTANCE)
+    assert cli.ALLOCATIONS == ALLOCATIONS
     assert cli.DEPLOYMENTS == DEPLOYMENTS
     assert tuple(OPTIMISATION) == cli.OPTIMISATION
 

@@ -69,8 +69,7 @@ def distillation_slopes(watched: Watched, batches: Batches, *, seed: int = 0) ->
     passes = max(1, math.ceil(DRAWS / batches.samples))
     for batch in batches:
         inputs = batches.tensors(batch)
-        with torch.no_grad():
-            teacher = watched.named(watched.module(*inputs))
+        teacher = watched.outputs_of(inputs)
         for _ in range(passes):
             drop = DROPPED * 2 * torch.rand((), generator=generator)
             gates = {g: (torch.rand(n, generator=generator) >= drop).float() for g, n in sizes.items()}

@@ -112,6 +112,11 @@ class Watched:
         results = (found,) if len(self.outputs) == 1 else tuple(found)
         return dict(zip(self.outputs, results, strict=True))
 
+    @torch.no_grad()
+    def outputs_of(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The network's own outputs, by name."""
+        return self.named(self.module(*inputs))
+
     def batch_axes(self, inputs: tuple[Tensor, ...]) -> dict[int, int]:
         """Which axis of a gated tensor counts samples, by the gate's number: the one that differs between batches of
         two and of three. Empty where the model does not take such batches."""

@@ -57,9 +57,7 @@ class Slices:
     def calibration(self) -> Calibration:
         """Statistics on data. Raises UsageError where there is none."""
         if self._calibration is None:
-            raise UsageError(
-                f"importance '{', '.join(CALIBRATED)}' is taken on data, and there is none", "give it with --data"
-            )
+            raise UsageError("this importance is taken on data, and there is none", "give it with --data")
         return self._calibration
 
     @property
@@ -246,6 +244,8 @@ def scores(
         return {g.id: normalised(_given(importance, g)) for g in groups}
     if callable(importance):
         criterion = importance
+    elif importance in CALIBRATED and calibration is None:
+        raise UsageError(f"importance '{importance}' is taken on data, and there is none", "give it with --data")
     elif importance in IMPORTANCE:
         criterion = IMPORTANCE[importance]
     else:

@@ -1,0 +1,88 @@
+"""How `compress` ranks units and shares the cut out among groups, from what the user asked for: by weights alone, on
+data, or by curves that `sensitivity` measured before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from onnxprune.axes.analysis import Analysis, Group
+from onnxprune.errors import UsageError
+from onnxprune.model.profile import costs
+from onnxprune.select.importance import CALIBRATED, Criterion, Scores
+
+if TYPE_CHECKING:
+    from onnxprune.calibrate.calibration import Calibration
+    from onnxprune.data.source import Source
+
+__all__ = ["ALLOCATIONS", "Ranking", "measured_samples", "ranking"]
+
+ALLOCATIONS = ("importance", "sensitivity")
+WORK = 5e12  # multiply-accumulates that measuring may take by itself: a few minutes
+FEWEST = 16  # samples
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What `select.choose` is given."""
+
+    importance: str | Criterion | Scores
+    calibration: Calibration | None = None
+    losses: Mapping[str, np.ndarray] | None = None
+
+
+def ranking(
+    analysis: Analysis,
+    groups: list[Group],
+    source: Source | None,
+    *,
+    importance: str | Criterion,
+    allocate: str = "importance",
+    stored: Path | None = None,
+    samples: int | None = None,
+    repaired: bool = False,
+    seed: int = 0,
+) -> Ranking:
+    """Find out what was asked for.
+
+    allocate: 'importance' guesses what groups lose from the importance of their units, 'sensitivity' measures it on
+    data (or reads it from `stored`, with the importance it was measured by). samples: of the source, for everything.
+    repaired: whether the model will be repaired in closed form.
+
+    Raises UsageError where data is wanted and there is none.
+    """
+    if allocate not in ALLOCATIONS:
+        raise UsageError(f"--allocate '{allocate}' is none of {', '.join(ALLOCATIONS)}")
+    if stored is not None:
+        from onnxprune.sensitivity import Sensitivity
+
+        found = Sensitivity.load(stored, analysis)
+        return Ranking(found.scores, losses=found.losses())
+    on_data = importance in CALIBRATED if isinstance(importance, str) else True
+    if source is None or not (on_data or allocate == "sensitivity"):
+        if allocate == "sensitivity":
+            raise UsageError("--allocate sensitivity is measured on data", "give it with --data, or --sensitivity FILE")
+        return Ranking(importance)
+    from onnxprune.calibrate.calibration import SAMPLES, Calibration
+
+    calibration = Calibration(analysis, source, samples or SAMPLES, seed)
+    if allocate == "importance":
+        return Ranking(importance, calibration)
+    from onnxprune.sensitivity import measure
+
+    few = samples or measured_samples(analysis, groups, calibration.samples)
+    measured = measure(analysis, groups, calibration, importance=importance, samples=few, repaired=repaired, seed=seed)
+    return Ranking(measured.scores, losses=measured.losses())
+
+
+def measured_samples(analysis: Analysis, groups: list[Group], most: int) -> int:
+    """How many samples curves are measured on unless told otherwise: what takes a few minutes."""
+    from onnxprune.sensitivity import FRACTIONS
+
+    each = max(costs(analysis)["macs"].total({}), 1.0) * max(1, ceil(len(groups) * len(FRACTIONS) / 2))
+    return int(min(most, max(FEWEST, WORK // each)))
