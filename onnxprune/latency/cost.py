@@ -61,7 +61,10 @@ class Worked:
 
 @dataclass(frozen=True, eq=False)
 class Tabled:
-    """Time between the table's points. sizes: per axis, ascending from 0; shares: time there, 1 at the last point."""
+    """Time between the table's points. sizes: per axis, ascending; shares: time there, 1 at the last point.
+
+    Below the first point, which is a block, time stays as it is there: kernels work in whole blocks.
+    """
 
     microseconds: float
     axes: tuple[Expr, ...]
@@ -69,12 +72,17 @@ class Tabled:
     shares: np.ndarray
 
     def value(self, counts: Counts) -> float:
-        corners = []
+        corners: list[tuple[tuple[int, float], ...]] = []
         for axis, known in zip(self.axes, self.sizes, strict=True):
             n = count(axis, counts)
-            k = min(max(bisect_right(known, n) - 1, 0), len(known) - 2)
-            at = (n - known[k]) / (known[k + 1] - known[k])
-            corners.append(((k, 1 - at), (k + 1, at)))
+            if n == 0:
+                return 0.0
+            k = bisect_right(known, n)
+            if k in (0, len(known)):
+                corners.append(((max(k - 1, 0), 1.0),))
+                continue
+            at = (n - known[k - 1]) / (known[k] - known[k - 1])
+            corners.append(((k - 1, 1 - at), (k, at)))
         share = 0.0
         for corner in combinations(*corners):
             weight = prod(w for _, w in corner)
@@ -218,16 +226,12 @@ class _Grids:
 
 
 def _tabled(anchor: Anchor, sizes: list[list[int]], times: Mapping[tuple[int, ...], float]) -> Tabled:
-    """Times as shares of that at full size; none at size 0, and never less at a larger size."""
-    values = np.zeros([len(s) + 1 for s in sizes])
-    for at in combinations(*(range(len(s)) for s in sizes)):
-        values[tuple(k + 1 for k in at)] = times[tuple(s[k] for s, k in zip(sizes, at, strict=True))]
-    for axis in range(values.ndim):
-        values = np.maximum.accumulate(values, axis)
+    """Times as shares of that at full size, never less at a larger size."""
+    values = np.array([times[at] for at in combinations(*sizes)]).reshape([len(s) for s in sizes])
     for axis, known in enumerate(sizes):
-        slope = np.array([0, *known]) / known[-1] * SLOPE * values.flat[-1]
+        values = np.maximum.accumulate(values, axis)
         shape = [1] * values.ndim
         shape[axis] = -1
-        values = np.where(values > 0, values + slope.reshape(shape), 0.0)
+        values = values + (np.array(known) / known[-1] * SLOPE * values.flat[-1]).reshape(shape)
     full = float(values.flat[-1])
-    return Tabled(full, anchor.coordinates, tuple((0, *s) for s in sizes), values / full)
+    return Tabled(full, anchor.coordinates, tuple(map(tuple, sizes)), values / full)

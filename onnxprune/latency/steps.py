@@ -82,8 +82,9 @@ def profile(
         folder = Path(name)
         path = folder / "model.onnx"
         write(_renamed(graph), path)
-        plain = open_session(path, run_options(threads, "all"))
-        feed = sample(path, plain, shapes or {}, seed)
+        original = graph.model.source or path  # what is wrong with it is said in its own terms
+        plain = open_session(original, run_options(threads, "all"))
+        feed = sample(original, plain, shapes or {}, seed)
         total = _whole_us(plain, feed, threads)
         del plain
         try:

@@ -139,12 +139,17 @@ def test_a_plan_by_the_clock_comes_down_to_its_goal(analysis: Analysis, cost: La
 
 def test_the_table_is_read_exactly_at_its_points_and_between_them(analysis: Analysis) -> None:
     [g0, g1] = analysis.groups
-    shares = np.array([[0.0, 0.0, 0.0], [0.0, 0.2, 0.4], [0.0, 0.5, 1.0]])
-    part = Tabled(1000.0, (g0.atom, g1.atom), ((0, 128, 512), (0, 256, 512)), shares)
+    shares = np.array([[0.2, 0.4], [0.5, 1.0]])
+    part = Tabled(1000.0, (g0.atom, g1.atom), ((128, 512), (256, 512)), shares)
     assert part.value({}) == 1000.0
     assert part.value({g0.atom: 128, g1.atom: 256}) == pytest.approx(200.0)
     assert part.value({g0.atom: 320, g1.atom: 384}) == pytest.approx(1000 * (0.2 + 0.4 + 0.5 + 1.0) / 4)
-    assert part.value({g0.atom: 64}) == pytest.approx(200.0)
+
+
+def test_less_than_a_block_takes_the_time_of_one_and_nothing_takes_none(analysis: Analysis) -> None:
+    [g0, g1] = analysis.groups
+    part = Tabled(1000.0, (g0.atom, g1.atom), ((128, 512), (256, 512)), np.array([[0.2, 0.4], [0.5, 1.0]]))
+    assert part.value({g0.atom: 64}) == part.value({g0.atom: 128}) == pytest.approx(400.0)
     assert part.value({g0.atom: 0}) == 0.0
 
 

@@ -31,15 +31,15 @@ def test_a_convolution_with_all_that_is_fused_into_it_is_one_step(tiny_cnn: Path
     assert found.total_us > 0 and found.feed["image"].shape == (1, 3, 16, 16)
 
 
-def test_the_names_that_an_exporter_gave_do_not_matter(tiny_cnn: Path) -> None:
+def test_nodes_without_names_are_told_apart(tiny_cnn: Path) -> None:
     model = onnx.load(tiny_cnn)
     for node in model.graph.node:
-        node.name = "same"
+        node.name = ""
     onnx.save(model, tiny_cnn)
     graph = load(tiny_cnn)
     wanted = {n.index for n in graph.nodes if n.op in ("Conv", "Gemm")}
     assert {k for step in profile(graph, wanted).steps for k in step.nodes} == wanted
-    assert {n.proto.name for n in graph.nodes} == {"same"}
+    assert {n.proto.name for n in graph.nodes} == {""}
 
 
 @pytest.mark.parametrize("seed", range(12))
