@@ -124,7 +124,6 @@ class Penalised(Sparsifier):
         self.spent = 0.0  # e-folds
         self.chosen_times = 0
         self.over = False  # everything redundant is zero
-        self._over_since = 0
 
     # the run
 
@@ -132,7 +131,8 @@ class Penalised(Sparsifier):
         self.tpp = self._penalty(groups)
         self.table, self.redundant, self.dead = self.tpp.table, self.tpp.redundant, self.tpp.dead
         self._lr = settings.lr
-        self._momentum = settings.momentum if settings.optimizer == "sgd" else 0.0
+        self._adaptive = settings.optimizer != "sgd"
+        self._momentum = 0.0 if self._adaptive else settings.momentum
         self._first_norms = self.tpp.norms()
         self._shrunk = torch.zeros_like(self._first_norms)  # e-folds, per unit
         self._choose(self._importance())
@@ -148,11 +148,13 @@ class Penalised(Sparsifier):
         self._efolds = 0.0 if self.over else self._wanted(step)
 
     def after_backward(self, step: Step) -> None:
-        # 1 - exp(-e): what a step of this size can't overshoot, however few steps the budget is spent in
-        self.tpp.add_gradients(-math.expm1(-self._efolds) / self._lr)
+        if not self._adaptive:
+            self.tpp.add_gradients(self._gram_strength(step))
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
+        if self._adaptive:
+            self.tpp.descend(self._lr, self._gram_strength(step))
         self.tpp.strength = math.expm1(self._efolds) / self._lr
         self.tpp.shrink(self._lr)
         self.spent += self._efolds
@@ -173,6 +175,10 @@ class Penalised(Sparsifier):
 
     def _penalty(self, groups: list[dict[str, Any]]) -> TPP:
         return TPP(groups, gram=False, reach=self.reach)
+
+    def _gram_strength(self, step: Step) -> float:
+        """Lambda of the Gram penalty: no step along it overshoots, however few steps the budget is spent in."""
+        return -math.expm1(-self._efolds) / self._lr
 
     def _wanted(self, step: Step) -> float:
         """E-folds that redundant units are to shrink by in this step."""
@@ -271,7 +277,7 @@ class TPPTraining(Penalised):
         how = self.chosen
         self._ramp = Growing(by=how.by, limit=how.limit, every=how.every, hold=how.hold)
         self._first_step: int | None = None
-        self._zeroed = 0  # families
+        self._next_zero: int | None = None  # step
         return super().make_optimizer(groups, settings)
 
     def _index(self, step: Step) -> int:
@@ -285,11 +291,10 @@ class TPPTraining(Penalised):
             return super()._wanted(step)
         return math.log1p(step.lr / (1 - self._momentum) * self._ramp.at(self._index(step)))
 
-    def after_backward(self, step: Step) -> None:
+    def _gram_strength(self, step: Step) -> float:
         if self.chosen.ramp == "budget":
-            super().after_backward(step)
-        elif not self.over:
-            self.tpp.add_gradients(self._ramp.at(self._index(step)))
+            return super()._gram_strength(step)
+        return 0.0 if self.over else self._ramp.at(self._index(step))
 
     def _ends(self, step: Step) -> bool:
         return super()._ends(step) if self.chosen.ramp == "budget" else self._index(step) >= self._ramp.steps
@@ -297,19 +302,20 @@ class TPPTraining(Penalised):
     def _zero(self, step: Step) -> None:
         if self.chosen.zero == "at once":
             super()._zero(step)
-        elif step.index - self._over_since >= self.chosen.apart or not self._zeroed:
-            self._over_since = step.index
-            family = list(self.table.slices.values())[self._zeroed]
-            mine = torch.zeros_like(self.redundant)
-            mine[family] = True
-            self.tpp.remove(mine)
-            self._zeroed += 1
-            self.over = self._zeroed == len(self.table.slices)
+        elif self._next_zero is None or step.index >= self._next_zero:
+            waiting = self.table.by_family(self.redundant & ~self.dead)
+            families = [f for f, units in waiting.items() if units.any()]
+            first = torch.zeros_like(self.redundant)
+            for family in families[:1]:
+                first[self.table.slices[family]] = True
+            self.tpp.remove(first)
+            self._next_zero = step.index + self.chosen.apart
+            self.over = len(families) <= 1
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"first_step": self._first_step, "zeroed": self._zeroed, "over_since": self._over_since}
+        own = {"first_step": self._first_step, "next_zero": self._next_zero}
         return super().state_dict() | own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._first_step, self._zeroed, self._over_since = state["first_step"], state["zeroed"], state["over_since"]
+        self._first_step, self._next_zero = state["first_step"], state["next_zero"]

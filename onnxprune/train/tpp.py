@@ -139,6 +139,18 @@ class TPP:
             _add([(tensor, view) for tensor, view in pairs if tensor.requires_grad], strength)
 
     @torch.no_grad()
+    def descend(self, lr: float, strength: float | None = None) -> None:
+        """Instead of `add_gradients`, behind the optimizer's step: gradient descent on the Gram penalty alone.
+
+        An optimizer that divides gradients by their size (Adam) would follow a penalty of any strength at its full
+        rate, and remember its size for long.
+        """
+        strength = self.strength if strength is None else strength
+        if strength:
+            for weight, gradient in self.gram.gradients():
+                weight.detach().sub_(gradient, alpha=lr * strength)
+
+    @torch.no_grad()
     def shrink(self, lr: float, strength: float | None = None) -> None:
         """Behind the optimizer's step: shrink what is redundant, where the decay is of that kind; keep the dead zero.
 

@@ -97,6 +97,28 @@ def test_gradients_are_added_to_those_that_are_there() -> None:
         assert torch.equal(p.grad, torch.ones_like(p))
 
 
+def test_descending_is_a_step_along_the_gram_penalty_alone() -> None:
+    layer, before = Layer(), Layer()
+    tpp = layer.tpp(scale="paper")
+    tpp.descend(0.01, 0.5)
+    gradients = torch.autograd.grad(0.5 / 2 * (gram_loss(before.w) + gram_loss(before.v)), [before.w, before.v])
+    for p, b, gradient in zip((layer.w, layer.v), (before.w, before.v), gradients, strict=True):
+        torch.testing.assert_close(p.detach(), (b - 0.01 * gradient).detach(), rtol=1e-9, atol=1e-12)
+        assert p.grad is None
+    assert torch.equal(layer.gamma, before.gamma)
+
+
+def test_descending_at_full_strength_does_not_overshoot() -> None:
+    """With the scale 'auto' a step of lr * strength = 1 is stable."""
+    layer = Layer()
+    tpp = layer.tpp()
+    values = [float(tpp.gram.value())]
+    for _ in range(20):
+        tpp.descend(1.0, 1.0)
+        values.append(float(tpp.gram.value()))
+    assert all(b < a for a, b in zip(values, values[1:], strict=False))
+
+
 def test_without_strength_nothing_happens() -> None:
     layer = Layer()
     tpp = layer.tpp()
