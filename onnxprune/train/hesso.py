@@ -12,9 +12,9 @@ from torch import Tensor
 
 from onnxprune.errors import UsageError
 from onnxprune.train.cric import Trials
-from onnxprune.train.saliency import Saliency
+from onnxprune.train.saliency import SALIENCY, Saliency
 from onnxprune.train.unit_optimizer import Choose, Measured, UnitOptimizer
-from onnxprune.train.unit_training import ScheduleOptions, UnitTraining
+from onnxprune.train.unit_training import STORED, ScheduleOptions, UnitTraining
 
 __all__ = ["HESSO", "HESSOOptions", "HESSOTraining"]
 
@@ -232,6 +232,11 @@ class HESSOOptions(ScheduleOptions):
             raise UsageError(
                 f"{self.trials} trials of {self.trial:g} of the run don't fit between start and stop",
                 "make them fewer or shorter",
+            )
+        if self.trials and self.saliency in STORED:
+            raise UsageError(
+                f"trials find nothing for saliency '{self.saliency}', which looks at weights alone",
+                f"one of {', '.join(SALIENCY)}",
             )
 
 

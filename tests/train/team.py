@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from onnxprune.train.dhspg import DHSPGTraining
+from onnxprune.train.hesso import HESSOTraining
 from onnxprune.train.hooks import Hooks, Step
+from onnxprune.train.sparsify import Sparsifier
+from tests.train.method_runs import trained
 from tests.train.runs import ArraySource, Stateless, convnet, run
 
 RANK = int(os.environ["RANK"])
@@ -132,6 +136,12 @@ def few() -> dict[str, Any]:
     return {"dropped": dropped.steps, "small": small.steps}
 
 
+def method(kind: type[Sparsifier]) -> dict[str, Any]:
+    """Units that are removed, and the weights."""
+    module, hooks, _ = trained(kind, on="plain", criterion=Stateless())
+    return {"removed": {f: r.tolist() for f, r in hooks.removed.items()}, "weights": module.state_dict()}
+
+
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "norm": lambda _: compare(batch=9, clip=0.5),
     "parts": lambda _: compare(model=convnet(norm=False), batch=9, accumulate=2, ema=0.9),
@@ -144,6 +154,8 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "budget": lambda _: budget(),
     "refused": refused,
     "few": lambda _: few(),
+    "dhspg": lambda _: method(DHSPGTraining),
+    "hesso": lambda _: method(HESSOTraining),
 }
 
 

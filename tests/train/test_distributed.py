@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 from onnxprune.errors import UsageError
+from onnxprune.train.dhspg import DHSPGTraining
 from onnxprune.train.distributed import Team, _buckets
+from onnxprune.train.hesso import HESSOTraining
+from onnxprune.train.sparsify import Sparsifier
+from tests.train.method_runs import trained
 from tests.train.runs import Stateless, convnet, run
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +69,16 @@ def test_two_processes_give_the_result_of_one(seen: list[dict[str, Any]], name: 
     assert largest_difference(two[0], two[1]) == 0.0
     assert largest_difference(two[0], one) < 1e-5
     assert seen[0][name]["losses"] == seen[1][name]["losses"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("dhspg", DHSPGTraining), ("hesso", HESSOTraining)])
+def test_methods_choose_alike_in_all_processes(seen: list[dict[str, Any]], name: str, kind: type[Sparsifier]) -> None:
+    module, hooks, _ = trained(kind, on="plain", criterion=Stateless())
+    first, second = (found[name] for found in seen)
+    assert first["removed"] == second["removed"] == {f: r.tolist() for f, r in hooks.removed.items()}
+    assert any(any(gone) for gone in first["removed"].values())
+    assert largest_difference(first["weights"], second["weights"]) == 0.0
+    assert largest_difference(first["weights"], module.state_dict()) < 1e-4
 
 
 def test_the_comparison_would_notice(seen: list[dict[str, Any]]) -> None:
