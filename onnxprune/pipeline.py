@@ -217,7 +217,7 @@ def compress(
         analysis,
         align=choice.align,
         aligned=aligned_counts(analysis, choice.plan, block),
-        warnings=_warnings(graph, choice, block),
+        warnings=[*_warnings(graph, choice, block), *(() if measured is None else measured.warnings)],
         latency=None if measured is None else measured.latency,
     )
     if not choice.outcome.met and not best_effort:

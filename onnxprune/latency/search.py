@@ -62,6 +62,17 @@ class Reached:
     latency: Latency
     tried: tuple[Tried, ...]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to know of the measurement."""
+        if self.latency.significant:
+            return ()
+        before, after = self.latency.before, self.latency.after
+        return (
+            f"latency could not be measured exactly: single runs took {before.min_ms:.3g} to {before.p90_ms:.3g} ms "
+            f"before and {after.min_ms:.3g} to {after.p90_ms:.3g} ms after; repeat it when the machine is free",
+        )
+
     def outcome(self, target: Target, latency: Latency, warnings: list[str]) -> TargetOutcome:
         """What a later measurement, after training or a repair, says of the target."""
         found = outcome_of(target, latency)

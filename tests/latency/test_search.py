@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -165,6 +166,14 @@ def test_milliseconds_are_compared_with_milliseconds() -> None:
 @pytest.mark.parametrize(("share", "met"), [(0.5, True), (0.6, True), (0.611, True), (0.613, False), (1.1, False)])
 def test_what_no_measurement_can_tell_apart_counts_as_met(share: float, met: bool) -> None:
     assert outcome_of(TARGET, latency(share)).met is met
+
+
+def test_times_that_spread_wider_than_the_models_differ_are_warned_of(cost_of: Cost) -> None:
+    [one] = found(Clock(lambda share: share))
+    surely = search._best([one], TARGET, cost_of(0.1), best_effort=False)  # type: ignore[arg-type]
+    assert surely.warnings == ()
+    hardly = replace(surely, latency=replace(surely.latency, significant=False))
+    assert "20 to 20 ms before" in hardly.warnings[0]
 
 
 @pytest.fixture
