@@ -26,7 +26,7 @@ from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS, Operator, Registry
 from onnxprune.pipeline import Inspection, analyse, compress, inspect, mirror, verify
-from onnxprune.result import Accuracy, Result, Training, Verification
+from onnxprune.result import Accuracy, Result, Sparsified, Training, Verification
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.choose import choose
 from onnxprune.select.plan import Plan
@@ -54,6 +54,7 @@ __all__ = [
     "Recipe",
     "Registry",
     "Result",
+    "Sparsified",
     "TargetNotReached",
     "TrainSettings",
     "Training",

@@ -217,7 +217,10 @@ def compress(
         analysis,
         align=choice.align,
         aligned=aligned_counts(analysis, choice.plan, block),
-        warnings=[*_warnings(graph, choice, block), *(() if measured is None else measured.warnings)],
+        warnings=[
+            *_warnings(graph, choice.align if chosen is None or dry_run else block, block),
+            *(() if measured is None else measured.warnings),
+        ],
         latency=None if measured is None else measured.latency,
     )
     if not choice.outcome.met and not best_effort:
@@ -412,6 +415,7 @@ def _take(result: Result, zero: Zeroed, block: int, *, best_effort: bool) -> Non
     result.analysis, result.plan, result.target = zero.analysis, zero.plan, zero.outcome
     result.sparsified, result.align = zero.summary, zero.block
     result.aligned = aligned_counts(zero.analysis, zero.plan, block)
+    result.warnings += _smaller_blocks(zero.block, block)
     if not zero.outcome.met and not best_effort:
         raise TargetNotReached(
             f"the method {zero.summary.method} left {zero.outcome.reached:.1%} of {zero.outcome.metric} after "
@@ -472,16 +476,19 @@ def _written(model: Model, path: Path) -> int:
         raise UsageError(f"the pruned model can't be written: {error.strerror or error}") from None
 
 
-def _warnings(graph: Graph, choice: Choice, block: int) -> list[str]:
-    found = []
-    if choice.align != block:
-        found.append(
-            f"whole blocks of {block} channels don't reach the target: blocks of {choice.align} were used, "
-            "which may run slower"
-        )
+def _warnings(graph: Graph, used: int, block: int) -> list[str]:
+    found = _smaller_blocks(used, block)
     if graph.problems:
         found.append(f"{len(graph.problems)} nodes whose shapes could not be inferred, such as {graph.problems[0]}")
     return found
+
+
+def _smaller_blocks(used: int, block: int) -> list[str]:
+    if used == block:
+        return []
+    return [
+        f"whole blocks of {block} channels don't reach the target: blocks of {used} were used, which may run slower"
+    ]
 
 
 def _measured(

@@ -250,6 +250,8 @@ def test_a_missed_target_is_an_error_unless_the_best_will_do(files: dict[str, tu
     assert list(out.parent.iterdir()) == []
     found = compress(model, data, out, method=Idle, best_effort=True)
     assert not found.target.met and found.sparsified is not None and found.sparsified.zero == 1
+    found = compress(model, data, out, target="macs=0.01", best_effort=True)
+    assert not found.target.met and found.sparsified is not None and found.sparsified.zero == 14 + 21
 
 
 def test_the_stored_weights_are_looked_at(files: dict[str, tuple[Path, Path]]) -> None:
