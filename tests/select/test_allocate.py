@@ -1,0 +1,76 @@
+"""What groups lose decides what they give: the hull of their losses, and the least total loss at a cost."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxprune.axes.analysis import Group
+from onnxprune.axes.expr import Atom
+from onnxprune.model.profile import Cost
+from onnxprune.select.allocate import allocate, convex_hull
+
+losses = st.lists(st.floats(0, 100), min_size=1, max_size=12).map(np.array)
+
+
+@given(losses)
+def test_the_hull_is_convex_and_lies_below(values: np.ndarray) -> None:
+    hull = convex_hull(values)
+    assert np.all(hull <= values + 1e-9)
+    assert np.all(np.diff(hull, 2) >= -1e-9)
+
+
+@given(losses)
+def test_no_convex_sequence_below_is_higher(values: np.ndarray) -> None:
+    """At every place the hull is the lowest chord over it."""
+    hull = convex_hull(values)
+    for k in range(len(values)):
+        chords = [
+            values[i] + (values[j] - values[i]) * (k - i) / (j - i) if i < j else values[k]
+            for i in range(k + 1)
+            for j in range(k, len(values))
+        ]
+        assert hull[k] == pytest.approx(min(chords), abs=1e-9)
+
+
+def groups_of(*sizes: int) -> list[Group]:
+    return [Group(f"g{k}", Atom(n), "exact", "", (), 0) for k, n in enumerate(sizes)]
+
+
+@given(st.lists(st.lists(st.floats(0.01, 1), min_size=6, max_size=6), min_size=2, max_size=3), st.integers(4, 14))
+def test_convex_losses_are_shared_out_at_the_least_total(steps: list[list[float]], goal: int) -> None:
+    """Units of equal cost: as good as the best of all ways to remove so many."""
+    curves = {f"g{k}": np.concatenate([[0.0], np.cumsum(sorted(s))]) for k, s in enumerate(steps)}
+    groups = groups_of(*[6] * len(steps))
+    goal = min(goal, 6 * len(steps) - 1)
+    cost = Cost(0.0, tuple((1.0, (g.atom,)) for g in groups))
+    scores = {g.id: np.arange(1.0, 7.0) for g in groups}
+    found = allocate(groups, scores, cost, goal, {g.id: 1 for g in groups}, floor=0.0, losses=curves)
+    gone = {g.id: 6 - len(found.keep.get(g.id, range(6))) for g in groups}
+    total = sum(curves[gid][n] for gid, n in gone.items())
+    wanted = 6 * len(steps) - max(goal, len(steps))
+    ways = product(range(6), repeat=len(steps))
+    best = min(sum(curves[f"g{k}"][n] for k, n in enumerate(way)) for way in ways if sum(way) == wanted)
+    assert sum(gone.values()) == wanted and total == pytest.approx(best)
+
+
+def test_cost_counts_as_well_as_loss() -> None:
+    """Of two groups that lose the same, the one whose units cost more gives them."""
+    groups = groups_of(8, 8)
+    cost = Cost(0.0, ((1.0, (groups[0].atom,)), (3.0, (groups[1].atom,))))
+    curve = np.arange(9.0)
+    scores = {g.id: np.ones(8) for g in groups}
+    found = allocate(groups, scores, cost, 20, {"g0": 1, "g1": 1}, losses={"g0": curve, "g1": curve})
+    assert "g0" not in found.keep and len(found.keep["g1"]) == 4
+
+
+def test_groups_without_a_curve_go_by_their_importance() -> None:
+    groups = groups_of(8, 8)
+    cost = Cost(0.0, tuple((1.0, (g.atom,)) for g in groups))
+    scores = {"g0": np.ones(8), "g1": np.array([1e-6] * 4 + [2.0] * 4)}
+    found = allocate(groups, scores, cost, 12, {"g0": 1, "g1": 1}, losses={"g0": 10 * np.arange(9.0)})
+    assert "g0" not in found.keep and found.keep["g1"].tolist() == [4, 5, 6, 7]
