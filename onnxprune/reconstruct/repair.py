@@ -31,7 +31,7 @@ from onnxprune.reconstruct.consumers import Consumer, Left, consumers
 from onnxprune.reconstruct.frontier import Frontier
 from onnxprune.reconstruct.lockstep import Lockstep, Side
 from onnxprune.reconstruct.moments import Moments
-from onnxprune.reconstruct.solve import MODES, Solution, solve
+from onnxprune.reconstruct.solve import MODES, RIDGES, Solution, solve
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.rewrite.weights import Path, with_weights
 from onnxprune.select.plan import Plan
@@ -105,6 +105,7 @@ def repair(
     mode: str = "affine",
     samples: int = SAMPLES,
     batch: int | None = None,
+    ridges: Sequence[float] = RIDGES,
     seed: int = 0,
     memory_limit: int = MEMORY,
     registry: Mapping[str, Operator] | None = None,
@@ -113,7 +114,8 @@ def repair(
     """Give the pruned model the weights with which its layers come closest to the original's outputs.
 
     data: a source, or batches of inputs by name; no labels are needed. samples: how many to take. batch: how many at a
-    time. mode: 'affine' (weights and biases), 'ls' (weights), 'mean' (biases), 'none'. memory_limit: bytes of
+    time. mode: 'affine' (weights and biases), 'ls' (weights), 'mean' (biases), 'none'. ridges: sizes to choose from per
+    consumer, of the mean diagonal of the matrix. memory_limit: bytes of
     activations held in memory between steps, and again of moments; more goes to temporary files, or into more steps.
     progress: called with the steps that are done, and their number.
 
@@ -132,7 +134,7 @@ def repair(
         return Repaired(model, (), tuple(left), 0.0, 0.0, False, 0, 0, 0, time.perf_counter() - start, 0, 0)
     with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:
         sides = Side(graph, registry), Side(pruned, registry)
-        work = _Work(Lockstep(sides, frontier), judged, found, mode, memory_limit, seed)
+        work = _Work(Lockstep(sides, frontier), judged, found, mode, tuple(ridges), memory_limit, seed)
         taken = work.load(data, samples, batch)
         steps = work.steps()
         for k in range(len(steps)):
@@ -164,9 +166,17 @@ class _Work:
     """values: stored tensors that changed, by name; sliced: what they were. judged: inputs to judge the whole by."""
 
     def __init__(
-        self, run: Lockstep, judged: Frontier, found: Sequence[Consumer], mode: str, limit: int, seed: int
+        self,
+        run: Lockstep,
+        judged: Frontier,
+        found: Sequence[Consumer],
+        mode: str,
+        ridges: Sequence[float],
+        limit: int,
+        seed: int,
     ) -> None:
-        self.lockstep, self.judged, self.mode, self.limit, self.seed = run, judged, mode, limit, seed
+        self.lockstep, self.judged, self.limit, self.seed = run, judged, limit, seed
+        self.mode, self.ridges = mode, ridges
         self.original, self.pruned = run.sides
         self.values: dict[str, np.ndarray] = {}
         self.sliced: dict[str, Tensor] = {}
@@ -291,7 +301,7 @@ class _Work:
         place = consumer.place if consumer.place is not None and consumer.place.name in self.pruned.targets else None
         weight = consumer.form.matrix(stored.double().numpy())
         rows = fit.n + held.n
-        solution = solve(fit, held, weight, consumer.offset, self.mode, free=place is not None)
+        solution = solve(fit, held, weight, consumer.offset, self.mode, free=place is not None, ridges=self.ridges)
         if solution.mode in ("ls", "affine"):
             self.exchange(consumer.weight, consumer.form.stored(solution.weight, tuple(stored.shape)))
         if solution.mode in ("mean", "affine") and place is not None:

@@ -11,6 +11,7 @@ no repair on those rows is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,16 @@ class Solution:
     after: float
 
 
-def solve(fit: Moments, held: Moments, weight: np.ndarray, offset: np.ndarray, mode: str, *, free: bool) -> Solution:
+def solve(
+    fit: Moments,
+    held: Moments,
+    weight: np.ndarray,
+    offset: np.ndarray,
+    mode: str,
+    *,
+    free: bool,
+    ridges: Sequence[float] = RIDGES,
+) -> Solution:
     """The best of `mode` and what is simpler. fit, held: moments of two parts of the rows; `fit` becomes those of all.
 
     weight (g, o, p), offset (g, o): as they are after slicing. free: whether the offset can be changed.
@@ -52,7 +62,7 @@ def solve(fit: Moments, held: Moments, weight: np.ndarray, offset: np.ndarray, m
     if free and mode in ("mean", "affine"):
         found.append((judge.error(weight, centre(fit, weight)) / scale, "mean", 0.0))
     if mode in ("ls", "affine"):
-        for size in RIDGES if fit.n else ():
+        for size in ridges if fit.n else ():
             tried, _ = ridge(fit, weight, None if affine else offset, size)
             error = judge.error(tried, centre(fit, tried) if affine else offset) / scale
             found.append((error, "affine" if affine else "ls", size))
@@ -98,15 +108,15 @@ def _solved(matrix: np.ndarray, right: np.ndarray, size: float) -> tuple[np.ndar
     unit = diagonal.mean()
     if not unit > 0:
         return np.zeros_like(right), 1.0
-    diagonal += max(size, JITTER) * unit
+    diagonal += size * unit
     jitter = JITTER
     while True:
         try:
             factor = np.linalg.cholesky(matrix)
             break
         except np.linalg.LinAlgError:
-            jitter *= 10
             diagonal += jitter * unit
+            jitter *= 10
     spread = np.diagonal(factor)
     half = _triangular(factor, right.T)
     return _triangular(factor, half, transposed=True).T, float(spread.max() / spread.min())
