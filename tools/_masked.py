@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from onnxprune.verify.latency import open_session, run_options, sample
 
-__all__ = ["embedded", "error_of", "places"]
+__all__ = ["embedded", "error_of", "places", "put_back"]
 
 
 def places(whole: np.ndarray, part: np.ndarray) -> list[np.ndarray] | None:
@@ -41,6 +41,20 @@ def places(whole: np.ndarray, part: np.ndarray) -> list[np.ndarray] | None:
     return found if np.array_equal(whole[np.ix_(*found)], part) else None
 
 
+def put_back(whole: np.ndarray, part: np.ndarray) -> np.ndarray | None:
+    """`part` in its places in `whole` with zeros elsewhere; row by row where each was cut at other places, as the
+    groups of a convolution may be. None where it is no part."""
+    values = np.zeros_like(whole)
+    found = places(whole, part)
+    if found is not None:
+        values[np.ix_(*found)] = part
+        return values
+    if whole.ndim < 2 or len(whole) != len(part):
+        return None
+    rows = [put_back(w, p) for w, p in zip(whole, part, strict=True)]
+    return None if any(r is None for r in rows) else np.stack([r for r in rows if r is not None])
+
+
 def embedded(original: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelProto:
     """The original's graph with the pruned weights in their places and zeros elsewhere.
 
@@ -57,14 +71,11 @@ def embedded(original: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelPr
         whole, part = numpy_helper.to_array(tensor), numpy_helper.to_array(other)
         if not np.issubdtype(whole.dtype, np.floating) or whole.shape == part.shape:
             continue
-        found = places(whole, part)
-        if found is None:
-            if max(whole.ndim, part.ndim) > 1:
-                raise ValueError(f"'{tensor.name}' {part.shape} is no part of the original's {whole.shape}")
-            continue
-        values = np.zeros_like(whole)
-        values[np.ix_(*found)] = part
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        values = put_back(whole, part)
+        if values is not None:
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        elif max(whole.ndim, part.ndim) > 1:
+            raise ValueError(f"'{tensor.name}' {part.shape} is no part of the original's {whole.shape}")
     return made
 
 

@@ -179,7 +179,7 @@ class Trial:
 
     def theirs(self, rival: Rival, form: Path, ratio: float) -> Iterator[Entry]:
         """Every ranking, with and without every recovery."""
-        for ranking in RANKINGS:
+        for ranking in self.options.rankings:
             out = self.folder / f"theirs-{ranking}.onnx"
             data = {"calibration": self.calibration}
             answer = rival.ask("prune", model=form, out=out, sparsity=ratio, ranking=ranking, **data)
@@ -242,14 +242,13 @@ def best(entries: list[Entry]) -> list[Entry]:
 
 def accuracy(options: argparse.Namespace, rival: Rival, folder: Path) -> dict[str, Any]:
     document: dict[str, Any] = {}
-    table: list[list[str]] = []
     for model in known(options.models):
         place = folder / model.stem
         place.mkdir(exist_ok=True)
         trial = Trial(model, place, options)
         name, form, least, notes = furthest(rival, model, place)
         original = trial.entry("original", "", model, 0.0)
-        table.append([model.stem, "", "original", "", *figures(original)])
+        table = [["", "original", "", *figures(original)]]
         document[model.stem] = {"form": name, "least": least / trial.macs, "notes": notes, "targets": {}}
         for target in options.targets:
             ratio, kept = trial.ratio_for(rival, form, target) if least < trial.macs else (0.0, 1.0)
@@ -259,13 +258,13 @@ def accuracy(options: argparse.Namespace, rival: Rival, folder: Path) -> dict[st
             shown += trial.ours(kept if reached else target)
             trial.timed(shown)
             document[model.stem]["targets"][str(target)] = [as_json(e) for e in (*entries, *shown)]
-            table += [["", f"{target:g}", e.who, e.how, *(figures(e) if e.file else [""] * 6)] for e in shown]
-        print(f"{model.stem} done ({name}; {'; '.join(notes) or 'no failures'})", file=sys.stderr, flush=True)
-    print_table(
-        ["model", "target", "who", "how", "MACs", "top-1", "agrees", "seconds", "ms", "speed-up"],
-        table,
-        f"onnxsim {rival.version} and onnxprune, {options.samples} images to calibrate on, one thread",
-    )
+            table += [[f"{target:g}", e.who, e.how, *(figures(e) if e.file else [""] * 6)] for e in shown]
+        header = ["target", "who", "how", "MACs", "top-1", "agrees", "seconds", "ms", "speed-up"]
+        print_table(
+            header, table, f"{model.stem} (onnxsim {rival.version} takes it {name}; {trial.test.size} test images)"
+        )
+        print("".join(f"  {note}\n" for note in notes), end="", flush=True)
+        write_json(options.json, document)
     return document
 
 
@@ -363,6 +362,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=600, help="seconds that the rival has for one request")
     parser.add_argument("--data-dir", type=Path, help="for accuracy")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5], help="shares of the MACs")
+    parser.add_argument("--rankings", nargs="+", default=RANKINGS, help="what the rival tries")
     parser.add_argument("--recoveries", nargs="*", default=RECOVERIES, help="what the rival tries; bn is there, too")
     parser.add_argument("--importance", default="l2", help="as in compress")
     parser.add_argument("--deploy", default="ort-cpu", help="as in compress")

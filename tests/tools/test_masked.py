@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from _masked import embedded, error_of, places
+from _masked import embedded, error_of, places, put_back
 from onnx import TensorProto, helper, numpy_helper
 
 RNG = np.random.default_rng(0)
@@ -61,6 +61,18 @@ def test_what_is_no_part_has_no_place(part: np.ndarray) -> None:
 
 def test_equal_values_have_no_place() -> None:
     assert places(B, B[:4]) is None
+
+
+def test_groups_of_a_convolution_may_be_cut_each_at_its_own_places() -> None:
+    whole = RNG.normal(size=(4, 6, 3, 3)).astype(np.float32)
+    part = np.stack([whole[0, [0, 2]], whole[1, [0, 2]], whole[2, [1, 5]], whole[3, [1, 5]]])
+    back = put_back(whole, part)
+    assert back is not None
+    np.testing.assert_array_equal(
+        np.abs(back).sum(axis=(2, 3)) > 0, [[1, 0, 1, 0, 0, 0]] * 2 + [[0, 1, 0, 0, 0, 1]] * 2
+    )
+    np.testing.assert_array_equal(back[back != 0], part.ravel())
+    assert put_back(whole, part + 1) is None
 
 
 def test_right_surgery_equals_the_original_with_zeros(tmp_path: Path) -> None:
