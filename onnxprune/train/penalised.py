@@ -134,7 +134,7 @@ class Penalised(Sparsifier):
         self._adaptive = settings.optimizer != "sgd"
         self._momentum = 0.0 if self._adaptive else settings.momentum
         self._first_norms = self.tpp.norms()
-        self._shrunk = torch.zeros_like(self._first_norms)  # e-folds, per unit
+        self._shrunk = self.tpp.per_row(0.0, 0.0)  # e-folds
         self._choose(self._importance())
         learnt = [p for group in groups for p in group["params"] if p.requires_grad]
         return make_optimizer(learnt, settings)
@@ -158,7 +158,8 @@ class Penalised(Sparsifier):
         self.tpp.strength = math.expm1(self._efolds) / self._lr
         self.tpp.shrink(self._lr)
         self.spent += self._efolds
-        self._shrunk += self._efolds * self.redundant
+        if self.chosen_times <= self.chosen.reselect:
+            torch._foreach_add_(self._shrunk, self.tpp.per_row(self._efolds, 0.0))
         if not self.over and step.index % LOOK_EVERY == LOOK_EVERY - 1:
             small = self.tpp.norms() <= GONE * self._first_norms
             self.tpp.remove(small)
@@ -198,14 +199,15 @@ class Penalised(Sparsifier):
         return scores(self.analysis, groups, self.chosen.importance)
 
     def _choose(self, importance: Mapping[str, np.ndarray]) -> None:
-        self.tpp.choose(self.selection(importance))
+        self.tpp.choose(self.selection(importance, removed=self.table.by_family(self.dead)))
         self.chosen_times += 1
 
     @torch.no_grad()
     def _restore(self) -> None:
         """Undo the shrinking, so that units are compared by what training has made of them."""
-        self.table.scale_(self._shrunk.exp() * ~self.dead + self.dead)
-        self._shrunk.zero_()
+        for x, shrunk in zip(self.table.x.banks, self._shrunk, strict=True):
+            x.mul_(shrunk.exp())
+            shrunk.zero_()
 
     # what is seen
 
@@ -238,7 +240,7 @@ class Penalised(Sparsifier):
         self.tpp.load_state_dict(state["tpp"])
         self.spent, self.chosen_times, self.over = state["spent"], state["chosen_times"], state["over"]
         self._first_norms.copy_(state["first_norms"])
-        self._shrunk.copy_(state["shrunk"])
+        torch._foreach_copy_(self._shrunk, state["shrunk"])
 
 
 class GReg(Penalised):

@@ -133,7 +133,7 @@ class TPP:
         _add(self.gram.gradients(), strength)
         if self.decay == "gradient":
             decayed = self.table.storage()
-            for y, x, f in zip(decayed.banks, self.table.x.banks, self._factors(1.0, 0.0), strict=True):
+            for y, x, f in zip(decayed.banks, self.table.x.banks, self.per_row(1.0, 0.0), strict=True):
                 torch.mul(x, f, out=y)
             pairs = zip(self.table.tensors, decayed.views, strict=True)
             _add([(tensor, view) for tensor, view in pairs if tensor.requires_grad], strength)
@@ -158,7 +158,7 @@ class TPP:
         """
         strength = self.strength if strength is None else strength
         if self.decay == "shrink" and strength:
-            for x, f in zip(self.table.x.banks, self._factors(1 / (1 + lr * strength), 1.0), strict=True):
+            for x, f in zip(self.table.x.banks, self.per_row(1 / (1 + lr * strength), 1.0), strict=True):
                 x.mul_(f)
         self.table.keep_(~self.dead)
 
@@ -172,8 +172,9 @@ class TPP:
         """Of every unit."""
         return self.table.square(self.table.x.banks).sqrt()
 
-    def _factors(self, redundant: float, other: float) -> list[Tensor]:
-        """Per bank, what multiplies its rows: `redundant` where a unit of theirs is redundant and in reach."""
+    def per_row(self, redundant: float, other: float) -> list[Tensor]:
+        """A number per row of the table's banks, in the shape that multiplies them: `redundant` where a unit of the
+        row's is redundant and the bank in reach."""
         gone = self.table.spread(self.redundant.float(), combine="sum")
         return [
             torch.where(r > 0, redundant, other).to(x.dtype) if self._reaches(r, x) else torch.full_like(r, other)

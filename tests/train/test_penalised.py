@@ -190,6 +190,28 @@ def test_choosing_again_compares_units_as_if_they_had_not_shrunk() -> None:
     assert int(hooks.dead.sum()) > 0
 
 
+@pytest.mark.parametrize("on", ["grouped", "plain"])
+@pytest.mark.parametrize("method", [GReg, FixReg])
+def test_the_shrinking_is_undone_exactly_before_that(method: type[Penalised], on: str) -> None:
+    """Also where units share rows, and where not all of a unit shrinks."""
+
+    class Spying(method):  # type: ignore[misc, valid-type]
+        def after_backward(self, step: Step) -> None:
+            if step.index == 0:
+                self.begun = [x.clone() for x in self.table.x.banks]
+            for p in self.table.tensors:
+                p.grad = None
+
+        def _restore(self) -> None:
+            self.smaller = [x.clone() for x in self.table.x.banks]
+            super()._restore()
+            self.restored = [x.clone() for x in self.table.x.banks]
+
+    _, hooks, _ = trained(Spying, method.options(reselect=1, efolds=8), on=on)
+    assert any(not torch.equal(a, b) for a, b in zip(hooks.begun, hooks.smaller, strict=True))
+    torch.testing.assert_close(hooks.restored, hooks.begun, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("importance", ["l1", "fpgm"])
 def test_units_may_be_chosen_by_other_measures(importance: str) -> None:
     _, plain, _ = trained(GReg, steps=4, on="plain")
