@@ -11,8 +11,8 @@ in four forms (as it is; simplified; at opset 20 without the passes that hide ch
 transformer optimiser), of which the one that it can prune furthest is taken; its one ratio for all layers is set such
 that the MACs come as near to the target as they can; and of its rankings (l1, l2, wanda) and recoveries (ridge, blocks,
 both) the table has those that turn out best *on the test images*. onnxprune then gets the MACs that came out as its
-target, with one setting for all: --importance, --deploy, --repair, and with --steps training on the same --samples
-images, none of which come with labels.
+target, with one setting for all: --importance, --repair (and --steps of training) on the same --samples images, whose
+labels are not looked at; and each --deploy, since blocks of channels are faster and single channels choose better.
 
 reach: MACs left when half of the channels go, and the least that can be left. onnxsim's result at one half must pass
 the checker (and its full check, which compares stored shapes with inferred ones), run, and give what the original gives
@@ -199,30 +199,26 @@ class Trial:
     # ours
 
     def ours(self, target: float) -> Iterator[Entry]:
+        """For every deployment: one-shot, repaired, trained."""
         options = self.options
-        common: dict[str, Any] = {"target": f"macs={target:.4f}", "best_effort": True}
-        common |= {"importance": options.importance, "deploy": options.deploy}
-
-        def repaired(repair: str, out: Path) -> Result:
-            return pruned(self.model, out, repair, self.data, samples=options.samples, **common)
-
-        def trained(out: Path) -> Result:
-            settings = TrainSettings(steps=options.steps)
-            return compress(self.model, out, data=self.data, train=settings, force=True, **common)
-
-        ways: dict[str, Callable[[Path], Result]] = {"one-shot": partial(repaired, "none")}
-        if options.repair != "none":
-            ways[options.repair] = partial(repaired, options.repair)
-        if options.steps:
-            ways[f"{options.steps} steps"] = trained
-        for how, work in ways.items():
-            out, start = self.folder / f"ours-{how.replace(' ', '-')}.onnx", time.perf_counter()
-            try:
-                work(out)
-            except OnnxPruneError as error:
-                yield Entry("onnxprune", f"{how}: {type(error).__name__}: {error}")
-            else:
-                yield self.entry("onnxprune", how, out, time.perf_counter() - start)
+        for deploy in options.deploy:
+            common: dict[str, Any] = {"target": f"macs={target:.4f}", "best_effort": True}
+            common |= {"importance": options.importance, "deploy": deploy}
+            repaired = partial(pruned, data=self.data, samples=options.samples, **common)
+            ways: dict[str, Callable[[Path, Path], Result]] = {"one-shot": partial(repaired, repair="none")}
+            if options.repair != "none":
+                ways[options.repair] = partial(repaired, repair=options.repair)
+            if options.steps:
+                settings = TrainSettings(steps=options.steps)
+                ways[f"{options.steps} steps"] = partial(compress, data=self.data, train=settings, force=True, **common)
+            for how, work in ways.items():
+                out, start = self.folder / f"ours-{deploy}-{how.replace(' ', '-')}.onnx", time.perf_counter()
+                try:
+                    work(self.model, out)
+                except OnnxPruneError as error:
+                    yield Entry("onnxprune", f"{deploy}, {how}: {type(error).__name__}: {error}")
+                else:
+                    yield self.entry("onnxprune", f"{deploy}, {how}", out, time.perf_counter() - start)
 
     def timed(self, entries: list[Entry]) -> None:
         """Latency into the entries that have a file, by turns with the original."""
@@ -365,7 +361,7 @@ def main() -> None:
     parser.add_argument("--rankings", nargs="+", default=RANKINGS, help="what the rival tries")
     parser.add_argument("--recoveries", nargs="*", default=RECOVERIES, help="what the rival tries; bn is there, too")
     parser.add_argument("--importance", default="l2", help="as in compress")
-    parser.add_argument("--deploy", default="ort-cpu", help="as in compress")
+    parser.add_argument("--deploy", nargs="+", default=["ort-cpu", "none"], help="as in compress")
     parser.add_argument("--repair", choices=REPAIRS, default="none", help="as in compress")
     parser.add_argument("--steps", type=int, default=0, help="of training, on the same images")
     parser.add_argument("--samples", type=int, default=512, help="images to calibrate on, for both")
