@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
 import onnxprune
@@ -216,3 +217,42 @@ class TestRanking:
 def test_the_document_is_plain_json(found: Sensitivity) -> None:
     text = json.dumps(found.document())
     assert json.loads(text)["groups"][0]["removed"][0] == 0
+
+
+class TestCommand:
+    def test_it_prints_a_row_per_group_and_keeps_the_curves(
+        self, model: onnx.ModelProto, data: dict[str, np.ndarray], tmp_path: Path
+    ) -> None:
+        path = self.files(model, data, tmp_path)
+        told = self.run(path, "--eval", "top1", "--samples", "50")
+        assert told.exit_code == 0, told.stderr
+        assert "top1 of the original" in told.stdout and "on 50 samples" in told.stdout
+        assert all(f"| {g.id} " in told.stdout for g in analyse(load(path)).groups)
+        kept = tmp_path / "model.sensitivity.json"
+        assert str(kept) in told.stdout and Sensitivity.load(kept, analyse(load(path))).metric == "top1"
+
+    def test_json_goes_where_it_is_wanted(
+        self, model: onnx.ModelProto, data: dict[str, np.ndarray], tmp_path: Path
+    ) -> None:
+        path = self.files(model, data, tmp_path)
+        told = self.run(path, "--json", "-", "--out", str(tmp_path / "here.json"), "--importance", "l2")
+        assert json.loads(told.stdout) == json.loads((tmp_path / "here.json").read_text())
+
+    def test_the_model_is_not_overwritten(
+        self, model: onnx.ModelProto, data: dict[str, np.ndarray], tmp_path: Path
+    ) -> None:
+        path = self.files(model, data, tmp_path)
+        told = self.run(path, "--out", str(path))
+        assert told.exit_code == 2 and "would overwrite a model" in told.stderr
+
+    @staticmethod
+    def files(model: onnx.ModelProto, data: dict[str, np.ndarray], folder: Path) -> Path:
+        onnx.save(model, folder / "model.onnx")
+        np.savez(folder / "data.npz", **data)  # type: ignore[arg-type]
+        return folder / "model.onnx"
+
+    @staticmethod
+    def run(path: Path, *arguments: str) -> Result:
+        from onnxprune.cli import main
+
+        return CliRunner().invoke(main, ["sensitivity", str(path), "--data", str(path.parent / "data.npz"), *arguments])

@@ -182,7 +182,11 @@ def variance(slices: Slices, rng: np.random.Generator) -> np.ndarray:
 
 def _over_reads(slices: Slices, of: Callable[[Read], np.ndarray]) -> np.ndarray:
     """The sum over a group's reads of each one's shares; the L2 norm where nothing that runs on data reads it."""
-    return _shares(map(of, slices.calibration.reads_of(slices.group)), slices)
+    seen = slices.calibration.moments
+    reads = (
+        r for r in slices.calibration.reads_of(slices.group) if all((o.tensor, o.axis) in seen for o in r.operands)
+    )
+    return _shares(map(of, reads), slices)
 
 
 def _shares(found: Iterator[np.ndarray], slices: Slices) -> np.ndarray:

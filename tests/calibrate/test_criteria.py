@@ -7,7 +7,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnxprune.axes.analysis import analyse
+from onnxprune.calibrate import Calibration
+from onnxprune.data import open_data, signature_of
 from onnxprune.errors import UsageError
+from onnxprune.model.load import load
 from onnxprune.select.importance import CALIBRATED, scores
 from tests.calibrate.calibrated import calibration_of, outputs
 from tests.graphs import from_text
@@ -203,3 +207,21 @@ def test_data_is_asked_for(twice_read: onnx.ModelProto, images: dict[str, np.nda
     analysis = calibration_of(twice_read, images).analysis
     with pytest.raises(UsageError, match=f"'{name}' is taken on data"):
         scores(analysis, list(analysis.groups), name)
+
+
+def test_a_recurrent_layer_of_which_only_the_last_state_is_read() -> None:
+    model = from_text(
+        """(float[5,N,4] x) => (float[1,N,3] y) {
+            s, h = GRU<hidden_size=6>(x, w, r)
+            y = MatMul(h, v)
+        }""",
+        w=(1, 3 * UNITS, 4),
+        r=(1, 3 * UNITS, UNITS),
+        v=(UNITS, 3),
+    )
+    feeds = [{"x": np.random.default_rng(k).standard_normal((5, 8, 4)).astype(np.float32)} for k in range(3)]
+    analysis = analyse(load(model))
+    calibration = Calibration(analysis, open_data(feeds, signature_of(analysis.graph)), 3)
+    for name in CALIBRATED:
+        (found,) = scores(analysis, list(analysis.groups), name, calibration=calibration).values()
+        assert found.min() >= 0 and np.ptp(found) > 0, name
