@@ -18,8 +18,10 @@ becomes of it in tuning is a matter of how well gradients pass, which the mean J
 
 The network is exported to ONNX; what is trained is its mirror, the groups are the analysis', and the removal is the
 rewriter's. The arms with a penalty train for `--steps` at rate 1e-3, lambda grows by 1e-4 every 10 steps.
-DATA holds MNIST's four IDX files (*.gz). About 4 minutes per seed on one thread. Exit code 1 where one of the three
-signs of a faithful TPP is missing.
+DATA holds MNIST's four IDX files (*.gz). A seed takes about 5 minutes on one thread of a machine with nothing else to
+do. Exit code 1 where one of the signs of a faithful TPP is missing in the means of TPP-paper or of TPP-auto: at least
+90 % right after the removal, where L1 has 20 % at most; 3 points more than L1 when tuned at the lower rate; at least
+0.7 of the base's JSV, where L1 has 0.01 at most.
 """
 
 from __future__ import annotations
@@ -182,6 +184,9 @@ ARMS = {
 }
 
 
+JUDGED = ("TPP-paper", "TPP-auto")
+
+
 def make_orthogonal(module: nn.Module) -> None:
     """Every weight matrix by the nearest that QR gives: orthonormal rows or columns."""
     for weight in module.parameters():
@@ -250,20 +255,20 @@ class Trial:
 
 
 def signs(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """What a faithful TPP shows, and whether it does, in every TPP arm that was run."""
+    """What a faithful TPP shows, and whether it does, in those of the `JUDGED` arms that were run."""
 
     def mean(arm: str, what: str) -> float:
         return statistics.fmean(r[what] for r in rows if r["arm"] == arm)
 
     there = {r["arm"] for r in rows}
-    if "L1" not in there:
+    if not {"base", "L1"} <= there:
         return []
     slow, base = f"tuned_{TUNING_RATES[1]:g}", mean("base", "jsv")
     found = [
         ("L1: at most 20 % right after removal", verdict(mean("L1", "accuracy"), 20)),
         ("L1: JSV at most 0.01", verdict(mean("L1", "jsv"), 0.01)),
     ]
-    for arm in (a for a in ARMS if a.startswith("TPP") and a in there):
+    for arm in (a for a in JUDGED if a in there):
         gain = mean(arm, slow) - mean("L1", slow)
         found += [
             (f"{arm}: at least 90 % right after removal", verdict(mean(arm, "accuracy"), 90, at_least=True)),
