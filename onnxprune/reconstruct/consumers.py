@@ -73,16 +73,19 @@ class Left:
     reason: str
 
 
-def consumers(analysis: Analysis, plan: Plan, pruned: Graph) -> tuple[list[Consumer], list[Left]]:
-    """Every consumer of a group that loses units, in the pruned graph's order."""
+def consumers(analysis: Analysis, plan: Plan, pruned: Graph, *, behind: bool) -> tuple[list[Consumer], list[Left]]:
+    """Every consumer of a group that loses units, in the pruned graph's order.
+
+    behind: and every other linear layer behind one of them, whose input is complete but no longer quite the same.
+    """
     found: list[Consumer] = []
     left: list[Left] = []
     finder = _Finder(analysis, plan, pruned)
-    for node, contraction, groups in finder.contracted():
+    for node, contraction, groups in finder.contracted(behind=behind):
         made = finder.consumer(node, contraction, groups)
         if isinstance(made, Consumer):
             found.append(made)
-        else:
+        elif groups:
             left.append(Left(node.label, node.op, groups, made))
     return found, left
 
@@ -93,12 +96,18 @@ class _Finder:
         self.keep = plan.by_atom(analysis)
         self.ids = {g.atom: g.id for g in plan.pruned(analysis)}
 
-    def contracted(self) -> Iterator[tuple[Node, Contraction, tuple[str, ...]]]:
+    def contracted(self, *, behind: bool) -> Iterator[tuple[Node, Contraction, tuple[str, ...]]]:
+        changed: set[str] = set()
         for node in self.graph.nodes:
+            differs = any(n in changed for n in node.inputs)
             for contraction in self.analysis.contractions.get(node.index, ()):
                 groups = tuple(dict.fromkeys(self.ids[a] for a in atoms(contraction.over) if a in self.ids))
-                if groups and contraction.kind in MULTIPLIES and not contraction.through:
+                wanted = contraction.kind in MULTIPLIES and not contraction.through
+                if wanted and (groups or (behind and differs)):
                     yield node, contraction, groups
+                differs |= bool(groups)
+            if differs:
+                changed.update(n for n in node.outputs if n)
 
     def consumer(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Consumer | str:
         """Or why there is none."""

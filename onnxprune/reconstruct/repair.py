@@ -106,6 +106,7 @@ def repair(
     samples: int = SAMPLES,
     batch: int | None = None,
     ridges: Sequence[float] = RIDGES,
+    behind: bool = True,
     seed: int = 0,
     memory_limit: int = MEMORY,
     registry: Mapping[str, Operator] | None = None,
@@ -115,7 +116,8 @@ def repair(
 
     data: a source, or batches of inputs by name; no labels are needed. samples: how many to take. batch: how many at a
     time. mode: 'affine' (weights and biases), 'ls' (weights), 'mean' (biases), 'none'. ridges: sizes to choose from per
-    consumer, of the mean diagonal of the matrix. memory_limit: bytes of
+    consumer, of the mean diagonal of the matrix. behind: solve for linear layers that lost no input as well, where what
+    comes in front of them did. memory_limit: bytes of
     activations held in memory between steps, and again of moments; more goes to temporary files, or into more steps.
     progress: called with the steps that are done, and their number.
 
@@ -129,7 +131,7 @@ def repair(
     graph = analysis.graph
     model = rewrite(analysis, plan)
     pruned = infer(model, registry, graph.pins)
-    found, left = consumers(analysis, plan, pruned)
+    found, left = consumers(analysis, plan, pruned, behind=behind)
     if mode == "none" or not found:
         return Repaired(model, (), tuple(left), 0.0, 0.0, False, 0, 0, 0, time.perf_counter() - start, 0, 0)
     with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:

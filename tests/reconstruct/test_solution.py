@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from networks import Case, Function, model_of, planned, stored
+from consumer_cases import Case, Function, model_of, planned, stored
 from onnx import helper
 
 from onnxprune.reconstruct import repair
