@@ -117,7 +117,16 @@ class TPP:
         return self.table.by_family(magnitudes(self.table))
 
     def choose(self, redundant: Mapping[str, np.ndarray]) -> None:
-        """Say which units are redundant (bool), per family; of families that are not named, none is."""
+        """Say which units are redundant (bool), per family; of families that are not named, none is.
+
+        Raises UsageError for families that there are not, and arrays that are not as long as their family.
+        """
+        for family, gone in redundant.items():
+            if family not in self.table.slices:
+                raise UsageError(f"family '{family}' is none of {', '.join(self.table.slices) or 'none'}")
+            where = self.table.slices[family]
+            if np.shape(gone) != (where.stop - where.start,):
+                raise UsageError(f"family '{family}' has {where.stop - where.start} units, found {np.shape(gone)}")
         self.redundant.copy_(self.table.from_families(redundant) > 0)
         self.gram.select(self.redundant)
 

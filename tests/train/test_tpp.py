@@ -222,6 +222,16 @@ def test_lambda_grows_in_steps_and_is_held() -> None:
     assert published.steps == 99_990 + 10_000
 
 
+def test_a_choice_that_does_not_fit_is_refused() -> None:
+    tpp = Layer().tpp()
+    with pytest.raises(UsageError, match="family 'h' is none of g"):
+        tpp.choose({"h": GONE})
+    with pytest.raises(UsageError, match=r"family 'g' has 6 units, found \(5,\)"):
+        tpp.choose({"g": GONE[:5]})
+    tpp.choose({})
+    assert not tpp.redundant.any()
+
+
 def test_unknown_words_are_refused() -> None:
     for options in ({"scale": "none"}, {"decay": "l1"}, {"reach": "biases"}):
         with pytest.raises(UsageError, match="must be one of"):
