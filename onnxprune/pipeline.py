@@ -310,7 +310,7 @@ def sensitivity(
     data: object,
     *,
     preprocess: str | None = None,
-    importance: str | Criterion = "taylor",
+    importance: str | Criterion = "obs",
     evaluate: str = "agreement",
     samples: int | None = None,
     repaired: bool = False,

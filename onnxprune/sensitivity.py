@@ -1,6 +1,6 @@
 """How much a network loses with the units of each group: one curve per group, measured on data, one group at a time.
 
-    found = measure(analysis, groups, calibration, importance="taylor")
+    found = measure(analysis, groups, calibration, importance="obs")
     choose(analysis, target, importance=found.scores, losses=found.losses())
 
 Units go in the order of their importance. What is lost is the distillation loss (the distance from the original's own
@@ -111,7 +111,7 @@ def measure(
     groups: Sequence[Group],
     calibration: Calibration,
     *,
-    importance: str | Criterion | Scores = "taylor",
+    importance: str | Criterion | Scores = "obs",
     metric: Metric | None = None,
     fractions: Sequence[float] = FRACTIONS,
     repaired: bool = False,
@@ -123,7 +123,8 @@ def measure(
 
     metric: of `metrics.parse_metric`; by default the agreement with the original. fractions: of a group's units.
     repaired: whether what is left makes up for what is gone, as far as an affine prediction can: what a repair in
-        closed form will do. samples: of the calibration's, to measure on; all unless told otherwise.
+        closed form does where one group alone is cut. It takes each group's help for granted, and misleads where most
+        of a network goes. samples: of the calibration's, to measure on; all unless told otherwise.
     progress: called with the samples done and those there are.
     Raises UsageError and DataError for a metric that can't be taken, NotMirrored.
     """
