@@ -245,7 +245,7 @@ def accuracy(options: argparse.Namespace, rival: Rival, folder: Path) -> dict[st
         name, form, least, notes = furthest(rival, model, place)
         original = trial.entry("original", "", model, 0.0)
         table = [["", "original", "", *figures(original)]]
-        document[model.stem] = {"form": name, "least": least / trial.macs, "notes": notes, "targets": {}}
+        document[model.stem] = {"form": name, "least": least / trial.macs, "targets": {}}
         for target in options.targets:
             ratio, kept = trial.ratio_for(rival, form, target) if least < trial.macs else (0.0, 1.0)
             reached = abs(kept - target) <= NEAR
@@ -254,12 +254,14 @@ def accuracy(options: argparse.Namespace, rival: Rival, folder: Path) -> dict[st
             shown += trial.ours(kept if reached else target)
             trial.timed(shown)
             document[model.stem]["targets"][str(target)] = [as_json(e) for e in (*entries, *shown)]
-            table += [[f"{target:g}", e.who, e.how, *(figures(e) if e.file else [""] * 6)] for e in shown]
+            table += [[f"{target:g}", e.who, e.how, *figures(e)] for e in shown if e.file]
+            notes += [f"{target:g}: {e.who}: {e.how}" for e in shown if not e.file]
         header = ["target", "who", "how", "MACs", "top-1", "agrees", "seconds", "ms", "speed-up"]
         print_table(
             header, table, f"{model.stem} (onnxsim {rival.version} takes it {name}; {trial.test.size} test images)"
         )
         print("".join(f"  {note}\n" for note in notes), end="", flush=True)
+        document[model.stem]["notes"] = notes
         write_json(options.json, document)
     return document
 
