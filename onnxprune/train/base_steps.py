@@ -136,7 +136,8 @@ class BaseSteps:
         states = [self._state(p) for p in parameters]
         gradients = _gradients(parameters) if gradients is None else gradients
         moved = parameters if into is None else into
-        how: dict[str, Any] = {"fused": self.fused, "foreach": not self.fused, "weight_decay": decay, "lr": lr}
+        fused = self.fused and not torch.compiler.is_compiling()  # the compiler fuses the other form itself
+        how: dict[str, Any] = {"fused": fused, "foreach": not fused, "weight_decay": decay, "lr": lr}
         if self.variant == "sgd":
             buffers = [s.get("momentum_buffer") for s in states]
             momentum, nesterov = group["momentum"], group["nesterov"]

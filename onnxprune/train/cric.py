@@ -61,10 +61,9 @@ class Trials:
         """The tensors' gradients, laid out as they are; 0 where there is none."""
         for bank in self.gradients.banks:
             bank.zero_()
-        learnt = [k for k, t in enumerate(self.table.tensors) if t.grad is not None]
-        if learnt:
-            gradients = [g for k in learnt if (g := self.table.tensors[k].grad) is not None]
-            torch._foreach_copy_([self.gradients.views[k] for k in learnt], gradients)
+        for tensor, view in zip(self.table.tensors, self.gradients.views, strict=True):
+            if tensor.grad is not None:
+                view.copy_(tensor.grad)
         return self.gradients.banks
 
     # state

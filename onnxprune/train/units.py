@@ -12,6 +12,7 @@ that share rows are no special case. Nothing here waits for the device, and ever
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -23,6 +24,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["Part", "UnitTable"]
+
+
+CHUNK = 1 << 17  # numbers of a product that is summed at once on a CPU: it stays in the cache
 
 
 class Part(NamedTuple):
@@ -83,19 +87,37 @@ class _Bank:
             self.over = tuple(k for k, free in enumerate(form.free, start=1) if not free)
         self.broadcast = tuple(1 if k in self.over else n for k, n in enumerate(self.shape))
         self.rows = prod(self.broadcast)
+        rows_last = like.device.type == "cpu" and self.over == (len(self.shape) - 1,) and self.rows > 0
+        self.diagonal = _diagonal(self.rows, _accumulated(self.dtype)) if rows_last else None
 
     def dot(self, x: Tensor, y: Tensor) -> Tensor:
         """Inner products of the rows, (rows,), in float32 at least."""
         x, y = _wide(x), _wide(y)
-        if len(self.over) == 1:
-            return torch.linalg.vecdot(x, y, dim=self.over[0]).reshape(-1)
-        return ((x * y).sum(self.over) if self.over else x * y).reshape(-1)
+        if not self.over or self.shape[1:] == (1,):
+            return (x * y).reshape(-1)
+        if not torch.compiler.is_compiling() and self.diagonal is not None:
+            x, y = x.view(self.rows, -1), y.view(self.rows, -1)
+            return torch.sparse.sampled_addmm(self.diagonal, x, y.T, beta=0.0).values()
+        if x.device.type != "cpu" or x.numel() <= CHUNK:
+            return (x * y).sum(self.over).reshape(-1)
+        axis = self.over[0]
+        count = max(1, CHUNK * x.shape[axis] // x.numel())
+        pieces = zip(x.split(count, axis), y.split(count, axis), strict=True)
+        return torch.stack([(p * q).sum(self.over) for p, q in pieces]).sum(0).reshape(-1)
 
     def norm(self, x: Tensor) -> Tensor:
-        """Norms of the rows, (rows,), in float32 at least."""
+        """Norms of the rows, in the same way."""
         if not self.over or self.shape[1:] == (1,):
             return _wide(x).abs().reshape(-1)
         return torch.linalg.vector_norm(x, dim=self.over, dtype=_accumulated(x.dtype)).reshape(-1)
+
+
+def _diagonal(rows: int, dtype: torch.dtype) -> Tensor:
+    """The pattern of x y^T of which the diagonal alone is wanted: inner products in one pass over both, without a
+    product in memory. On a CPU; elsewhere temporary memory costs nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta
+        return torch.sparse_csr_tensor(torch.arange(rows + 1), torch.arange(rows), torch.zeros(rows, dtype=dtype))
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:
