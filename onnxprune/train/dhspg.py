@@ -158,11 +158,16 @@ class DHSPG(UnitOptimizer):
 @dataclass(frozen=True, kw_only=True)
 class DHSPGOptions(ScheduleOptions):
     """taper: share of the way from start to stop, its last part, over which what is redundant and not yet zero is
-    scaled down to it. lmbda, lambda_amplify, hat_lambda_coeff, epsilon: see `DHSPG`. Raises UsageError."""
+    scaled down to it. lmbda, lambda_amplify, hat_lambda_coeff, epsilon: see `DHSPG`. Raises UsageError.
 
-    start: float = 0.4
+    The published score is 'dhspg'. On a network that is trained already the 2-norm of all that a unit has to do with
+    chooses better: 76.2 % against 73.7 % (tools/cifar_methods.py, MACs 0.5, with `start` and `share` as here against
+    0.4 and 0.5), and needs no long warm-up.
+    """
+
+    start: float = 0.1
     stop: float = 0.9
-    saliency: str = "dhspg"
+    saliency: str = "l2"
     taper: float = 0.5
     lmbda: float | None = None
     lambda_amplify: float | None = None
@@ -186,7 +191,7 @@ class DHSPGTraining(UnitTraining):
 
     name: ClassVar[str] = "dhspg"
     options: ClassVar[type[ScheduleOptions]] = DHSPGOptions
-    share: ClassVar[float] = 0.5
+    share: ClassVar[float] = 0.3
 
     def build(self, groups: list[dict[str, Any]], how: dict[str, Any]) -> UnitOptimizer:
         o = self.chosen

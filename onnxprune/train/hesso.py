@@ -215,11 +215,14 @@ class HESSO(UnitOptimizer):
 @dataclass(frozen=True, kw_only=True)
 class HESSOOptions(ScheduleOptions):
     """periods: choices that are made between start and stop. trials: by how many trials the choice is corrected at most
-    (0: none), trial: the share of the run that one takes; see `cric`. Raises UsageError."""
+    (0: none), trial: the share of the run that one takes; see `cric`. Raises UsageError.
 
-    start: float = 0.4
+    The published criterion is 'mixture'; see `DHSPGOptions` about this one.
+    """
+
+    start: float = 0.1
     stop: float = 0.9
-    saliency: str = "mixture"
+    saliency: str = "l2"
     periods: int = 10
     trials: int = 0
     trial: float = 0.05
