@@ -85,7 +85,7 @@ def test_criteria_of_one_shot_selection_choose_by_the_weights_of_the_moment(sali
 
 
 def test_trials_correct_the_choice_in_a_run() -> None:
-    options = HESSOOptions(start=0.2, stop=0.9, trials=3, trial=0.1)
+    options = HESSOOptions(start=0.2, stop=0.9, saliency="mixture", trials=3, trial=0.1)
     _, hooks, seen = trained(HESSOTraining, options, look=lambda step: step.optimizer.phase)
     assert 4 <= seen.count("trial") <= 12 and seen[-1] == "done"
     assert torch.equal(zero_units(hooks), hooks.dead) and hooks.dead.any()
