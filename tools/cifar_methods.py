@@ -42,6 +42,7 @@ from onnxprune.evaluate import evaluate
 from onnxprune.metrics import METRICS
 
 METHODS = ("oneshot", "imp", "tpp", "dhspg", "hesso")
+FROM_SCRATCH = {"share": 0.5, "start": 0.4}  # a warm-up of a fifth of the training, as published
 MORE = ("greg", "fixreg", "issp", "dense", "scratch")
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 Row = dict[str, Any]
@@ -141,7 +142,7 @@ class Experiment:
         """One network made smaller by one method."""
         scratch = method == "scratch"
         lr = self.base_lr if scratch else self._lr(method)
-        sets = dict(self.sets.get(method, {}))
+        sets = {**(FROM_SCRATCH if scratch else {}), **self.sets.get(method, {})}
         how = Arm(
             method="dhspg" if scratch else method,
             target=f"macs={ratio:g}",
