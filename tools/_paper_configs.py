@@ -174,10 +174,10 @@ HALF = 0.5  # of the training, until when DHSPG's redundant units have to be zer
 
 def _dhspg(start: float, epsilon: float = 0.95) -> dict[str, Any]:
     """start: of the whole training."""
-    return {"share": HALF, "start": start / HALF, "epsilon": epsilon}
+    return {"share": HALF, "start": start / HALF, "epsilon": epsilon, "saliency": "dhspg"}
 
 
-HESSO = {"share": 0.2, "start": 0.5, "stop": 1.0}  # from a tenth of the whole to a fifth
+HESSO = {"share": 0.2, "start": 0.5, "stop": 1.0, "saliency": "mixture"}  # from a tenth of the whole to a fifth
 
 
 def _once(
