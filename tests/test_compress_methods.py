@@ -410,3 +410,44 @@ def test_a_run_of_oneshot_is_not_taken_for_one_of_a_method(
     compress(model, data, out, method="oneshot", run_dir=tmp_path / "run", steps=4)
     with pytest.raises(UsageError, match="holds a run with --method oneshot"):
         compress(model, data, out, run_dir=tmp_path / "run", steps=4, resume=True)
+
+
+# what exporters fill in
+
+
+def padded(tmp_path: Path) -> Path:
+    """A shortcut that zeros are joined to, filled by one node, and a bias filled by another; for one image at a time."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    padded (float[1,3,8,8] x) => (float[1,5] y)
+    <int64[4] padding = {1, 4, 8, 8}, int64[1] wide = {16}> {
+        zeros = ConstantOfShape <value = float[1] {0}> (padding)
+        bias = ConstantOfShape <value = float[1] {0.5}> (wide)
+        a = Conv <pads = [1, 1, 1, 1]> (x, first, bias)
+        b = Relu(a)
+        c = Conv (b, second)
+        d = Concat <axis = 1> (c, zeros)
+        e = Add(b, d)
+        f = GlobalAveragePool(e)
+        g = Flatten(f)
+        y = Gemm <transB = 1> (g, head)
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name, shape in (("first", (16, 3, 3, 3)), ("second", (12, 16, 1, 1)), ("head", (5, 16))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    onnx.save(model, tmp_path / "padded.onnx")
+    return tmp_path / "padded.onnx"
+
+
+@pytest.mark.parametrize("method", ["oneshot", Shrinking])
+def test_padding_is_not_trained_and_what_is_filled_in_may_be(out: Path, tmp_path: Path, method: Any) -> None:
+    model = padded(tmp_path)
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(2).standard_normal((48, 3, 8, 8)).astype(np.float32))
+    found = compress(model, tmp_path / "x.npz", out, method=method, target="params=0.6")
+    assert found.target.met and "trained: weights not compared" in onnxprune.verify(model, out).notes
+    written = onnx.load(out)
+    filled = [n.output[0] for n in written.graph.node if n.op_type == "ConstantOfShape"]
+    assert filled == ["zeros"]
+    assert len(np.unique(tensors(out)["bias"])) > 1

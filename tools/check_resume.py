@@ -177,7 +177,7 @@ def check_kills(given: argparse.Namespace, folder: Path) -> bool:
         process.kill()
         killed = process.wait() == -9
         left = [p.name for p in found(run_dir, "*.tmp")]
-        at, there = newest(run_dir), out.exists()
+        at, there, tuning = newest(run_dir), out.exists(), (run_dir / PHASES[2]).exists()
         half = there and out.read_bytes() != expected
         done = run([*arguments, "--resume", *(["--force"] if there else [])])
         same = done.returncode == 0 and out.read_bytes() == expected
@@ -186,7 +186,7 @@ def check_kills(given: argparse.Namespace, folder: Path) -> bool:
             [
                 k + 1,
                 kind if killed else "too late: it had ended",
-                "none" if at < 0 else f"step {at}{', tuning' if (run_dir / PHASES[2]).exists() else ''}",
+                "none" if at < 0 else f"step {at}{', tuning' if tuning else ''}",
                 ", ".join(left) or "-",
                 "HALF" if half else "whole" if there else "no",
                 done.returncode,

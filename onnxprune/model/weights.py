@@ -1,8 +1,8 @@
 """Which stored tensors of a graph are weights that training may change, and which are constants.
 
 A weight is a float tensor in a place where its operator learns: not a statistic, a bound or a scale of a resize
-(`Operator.fixed`), not a single number that meets others elementwise (an epsilon, a scale), not a mask. What only moves
-a tensor (an Identity that an exporter put between two that share it) is looked through.
+(`Operator.fixed`), not a single number that meets others elementwise (an epsilon, a scale), not a mask, not padding.
+What only moves a tensor (an Identity that an exporter put between two that share it) is looked through.
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def weights(graph: Graph, registry: Mapping[str, Operator]) -> set[str]:
     return {
         name
         for name, parameter in graph.parameters.items()
-        if parameter.elem_type in FLOATS and parameter.size and learnt(parameter) and not is_mask(graph, parameter)
+        if parameter.elem_type in FLOATS
+        and parameter.size
+        and not is_padding(parameter)
+        and learnt(parameter)
+        and not is_mask(graph, parameter)
     }
 
 
@@ -86,6 +90,11 @@ def learns(operator: Operator | None, i: int, parameter: Parameter) -> bool:
     if operator is None or i in operator.fixed:
         return False
     return not operator.broadcasts or parameter.size > 1
+
+
+def is_padding(parameter: Parameter) -> bool:
+    """Filled with one number along several axes, not stored: zeros that are joined to a tensor, and no weight."""
+    return parameter.proto is None and sum(n > 1 for n in parameter.shape) > 1
 
 
 def is_mask(graph: Graph, parameter: Parameter) -> bool:

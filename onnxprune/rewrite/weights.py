@@ -46,7 +46,7 @@ def _exchange(model: Model, graph: onnx.GraphProto, path: Path, left: dict[Path,
                 continue
             if not node.input:  # it holds its tensor itself
                 _set(model, _value(node), array)
-            else:  # a ConstantOfShape: its values are no longer all the same
+            elif (array != _fill(node)).any():  # of a ConstantOfShape the values are no longer all the same
                 filled.append(k)
                 graph.initializer.add(name=name, data_type=_filled_type(node), dims=array.shape)
                 _set(model, graph.initializer[-1], array)
@@ -84,6 +84,11 @@ def _value(node: NodeProto) -> TensorProto:
     made = node.attribute.add(name="value", type=AttributeProto.TENSOR)
     made.t.CopyFrom(numpy_helper.from_array(array))
     return made.t
+
+
+def _fill(node: NodeProto) -> np.ndarray:
+    value = next((a.t for a in node.attribute if a.name == "value"), None)
+    return np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)
 
 
 def _filled_type(node: NodeProto) -> int:

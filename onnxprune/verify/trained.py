@@ -18,7 +18,7 @@ from onnx import AttributeProto, NodeProto, TensorProto
 
 from onnxprune.axes.analysis import Analysis
 from onnxprune.errors import ModelRejected, VerificationFailed
-from onnxprune.model.graph import Graph, Model, Parameter, names_used
+from onnxprune.model.graph import Graph, Model, Node, Parameter, names_used
 from onnxprune.model.infer import infer
 from onnxprune.model.load import open_model
 from onnxprune.model.save import write
@@ -62,7 +62,8 @@ def prove_trained(
         found = prove(analysis, plan, again, seed=seed, shapes=shapes, model=model)
         graph = infer(trained, registry, pins)
         wanted = infer(open_model(again), registry, pins)
-        problem = next(differences(wanted, graph, free=folded(analysis.graph, wanted)), None)
+        sizes = _sizes(analysis.graph) | _sizes(wanted)
+        problem = next(differences(wanted, graph, free=folded(analysis.graph, wanted), sizes=sizes), None)
     if problem is not None:
         raise VerificationFailed(
             f"{path.name} differs from the pruned original in more than its weights: {problem}",
@@ -76,10 +77,13 @@ def prove_trained(
     return replace(found, notes=(*found.notes, NOTE))
 
 
-def differences(wanted: Graph, found: Graph, *, free: Set[str] = frozenset()) -> Iterator[str]:
-    """In words, where a graph is not the wanted one with other weights. free: stored tensors made of weights."""
+def differences(
+    wanted: Graph, found: Graph, *, free: Set[str] = frozenset(), sizes: Set[str] = frozenset()
+) -> Iterator[str]:
+    """In words, where a graph is not the wanted one with other weights. free: stored tensors made of weights. sizes:
+    that may be stored in one of them only."""
     yield from _header(wanted.model.proto, found.model.proto)
-    yield from _graphs(wanted, found, "", free)
+    yield from _graphs(wanted, found, "", free, sizes)
 
 
 def _header(wanted: onnx.ModelProto, found: onnx.ModelProto) -> Iterator[str]:
@@ -88,18 +92,20 @@ def _header(wanted: onnx.ModelProto, found: onnx.ModelProto) -> Iterator[str]:
         yield "it is of another opset or IR version"
 
 
-def _graphs(wanted: Graph, found: Graph, where: str, made: Set[str] = frozenset()) -> Iterator[str]:
+def _graphs(
+    wanted: Graph, found: Graph, where: str, made: Set[str] = frozenset(), sizes: Set[str] = frozenset()
+) -> Iterator[str]:
     """where: the path of control-flow nodes, for messages. made: of weights."""
     protos = wanted.model.proto.graph, found.model.proto.graph
     for field in ("input", "output", "value_info", "sparse_initializer", "quantization_annotation"):
         if _bytes(getattr(protos[0], field)) != _bytes(getattr(protos[1], field)):
             yield f"{where}the graph's {field.replace('_', ' ')}s are others"
-    for name in sorted(wanted.parameters.keys() ^ found.parameters.keys()):
+    for name in sorted((wanted.parameters.keys() ^ found.parameters.keys()) - sizes):
         yield f"{where}the tensor '{name}' is stored in one of them only"
     free = _trainable(wanted) | made
     for name in sorted(wanted.parameters.keys() & found.parameters.keys()):
         yield from (f"{where}{text}" for text in _tensors(wanted, found, name, free=name in free))
-    nodes = [[n for n in g.nodes if not any(o in g.parameters for o in n.outputs)] for g in (wanted, found)]
+    nodes = [_computing(g) for g in (wanted, found)]
     if len(nodes[0]) != len(nodes[1]):
         yield f"{where}it has {len(nodes[1])} nodes instead of {len(nodes[0])}"
         return
@@ -110,6 +116,17 @@ def _graphs(wanted: Graph, found: Graph, where: str, made: Set[str] = frozenset(
         for (name, one), (_, other) in zip(_bodies(a.proto), _bodies(b.proto), strict=True):
             inner = f"{where}{a.label}/{name}: "
             yield from _graphs(_inner(wanted, one), _inner(found, other), inner)
+
+
+def _computing(graph: Graph) -> list[Node]:
+    """The nodes that are no stored tensors."""
+    return [n for n in graph.nodes if not any(o in graph.parameters for o in n.outputs)]
+
+
+def _sizes(graph: Graph) -> set[str]:
+    """What is read by nodes that fill a tensor with one number. When that is trained it is stored instead, and they are
+    left behind."""
+    return {name for n in graph.nodes if any(o in graph.parameters for o in n.outputs) for name in n.inputs}
 
 
 def _tensors(wanted: Graph, found: Graph, name: str, *, free: bool) -> Iterator[str]:
