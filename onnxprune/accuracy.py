@@ -1,62 +1,45 @@
-"""What `compress` does about accuracy: training after the surgery, and a metric before and after it.
+"""What `compress` does about accuracy: repair and training after the surgery, and a metric before and after them.
 
 Everything that can be refused is refused before any long work: the data is opened, the loss built and the model
-mirrored first. torch is imported only where something is trained.
+mirrored first. torch is imported only where something is repaired or trained.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from onnxprune.data.signature import signature_of
+from onnxprune.data.source import Source, open_data
 from onnxprune.errors import OnnxPruneError, TargetNotReached, UsageError
+from onnxprune.imports import wants_torch
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.infer import infer
 from onnxprune.model.load import open_model
 from onnxprune.model.save import write
-from onnxprune.ops.registry import Operator
+from onnxprune.repairs import Repairing, chosen_mode
+from onnxprune.request import DEFAULT_RECIPE, TRAIN_STEPS, Recipe, Request
 from onnxprune.result import Accuracy, Result, Training
 from onnxprune.sparsify import Wanted, Zeroed, check_length, run_folders, trainable, zeroed
 from onnxprune.train.settings import TrainSettings
+from onnxprune.verify.runs import feeds_that_run, session
 
 if TYPE_CHECKING:
     from onnxprune.axes.analysis import Analysis
-    from onnxprune.data.source import Source
     from onnxprune.metrics import Metric
-    from onnxprune.train.log import Row
     from onnxprune.train.methods import Method
     from onnxprune.train.recover import Recovery
 
 __all__ = ["DEFAULT_RECIPE", "TRAINED_KEY", "TRAIN_STEPS", "Recipe", "Work", "is_first_process"]
 
-TRAIN_STEPS = 500
 TRAINED_KEY = "onnxprune.trained"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is learnt from the data.
-
-    preprocess: what is done to it, as `data.Preprocess.parse` has it. loss, distill, temperature: as
-    `train.loss.criterion` has them. rebn: put folded BatchNormalization back for training; None: where there is none.
-    eval_data: what the metric is taken on, instead of what is trained on.
-    """
-
-    preprocess: str | None = None
-    loss: str = "auto"
-    distill: float = 0.0
-    temperature: float = 4.0
-    rebn: bool | None = None
-    eval_data: object = None
-
-
-DEFAULT_RECIPE = Recipe()
 
 
 def is_first_process() -> bool:
@@ -66,75 +49,62 @@ def is_first_process() -> bool:
 
 @dataclass(eq=False)
 class Work:
-    """Training and a metric, as far as they were asked for."""
+    """Repair, training and a metric, as far as they were asked for.
+
+    source: what the model is calibrated and repaired on. judged: what the metric is taken on.
+    """
 
     original: Graph
-    registry: Mapping[str, Operator]
+    request: Request
+    source: Source | None
     recovery: Recovery | None
+    repairing: Repairing | None
     metric: Metric | None
-    source: Source | None  # what the metric is taken on
-    max_drop: float | None
-    threads: int
+    judged: Source | None
+    _whole: float | None = None  # the metric of the original
 
     @classmethod
-    def prepared(
-        cls,
-        graph: Graph,
-        data: object,
-        train: TrainSettings | None,
-        metric: str | None,
-        max_drop: float | None,
-        recipe: Recipe,
-        *,
-        registry: Mapping[str, Operator],
-        threads: int,
-        method: Method | None = None,
-        run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-    ) -> Work | None:
-        """None where neither was asked for. Raises UsageError, DataError, NotMirrored."""
-        if max_drop is not None and metric is None:
+    def prepared(cls, graph: Graph, request: Request, method: Method | None) -> Work:
+        """Raises UsageError, DataError, NotMirrored."""
+        if request.max_drop is not None and request.evaluate is None:
             raise UsageError("a limit to the drop wants a metric", "--max-drop goes with --eval top1, for instance")
-        if data is None and (train is not None or recipe.loss != "auto" or recipe.distill):
-            raise UsageError("training wants data", "give it with --data")
-        if data is None and metric is None:
-            return None
+        settings = request.training()
+        chosen_mode(request)
         recovery = None
-        if data is not None:
-            recovery = _recovery(graph, data, train or TrainSettings(steps=TRAIN_STEPS), recipe, registry)
+        if settings is not None:
+            recovery = _recovery(graph, request, settings)
             if method is not None:
                 check_length(recovery, method)
-            if run_dir is not None and is_first_process():
-                look_into(recovery, Path(run_dir), method, resume=resume)
-        source, judge = None, None
-        if metric is not None:
+            if request.run_dir is not None and is_first_process():
+                look_into(recovery, Path(request.run_dir), method, resume=request.resume)
+        source = None
+        if request.data is not None:
+            source = _opened(graph, request.data, request) if recovery is None else recovery.source
+        repairing = Repairing.prepared(graph, request, source, mirrored=recovery is not None)
+        judged, metric = None, None
+        if request.evaluate is not None:
             from onnxprune.metrics import parse_metric
 
-            judge = parse_metric(metric)
-            source = _evaluation(graph, recipe, recovery)
-        return cls(graph, registry, recovery, judge, source, max_drop, threads)
+            metric = parse_metric(request.evaluate)
+            judged = source if request.recipe.eval_data is None else _opened(graph, request.recipe.eval_data, request)
+        return cls(graph, request, source, recovery, repairing, metric, judged)
 
-    def families(self, analysis: Analysis, *, allow_inexact: bool) -> list[str]:
+    @property
+    def changes_weights(self) -> bool:
+        """Whether anything comes after the surgery."""
+        return self.recovery is not None or self.repairing is not None
+
+    def families(self, analysis: Analysis) -> list[str]:
         """Ids of the groups that a method in training may take units of. Raises NothingPrunable."""
         assert self.recovery is not None
-        return trainable(self.recovery, analysis, allow_inexact=allow_inexact)
+        return trainable(self.recovery, analysis, allow_inexact=self.request.allow_inexact)
 
     def zeroed(
-        self,
-        analysis: Analysis,
-        wanted: Wanted,
-        families: Sequence[str],
-        method: Method,
-        *,
-        warnings: list[str],
-        shapes: Mapping[str, Sequence[int]] | None = None,
-        on_step: Callable[[Row], None] | None = None,
-        run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
+        self, analysis: Analysis, wanted: Wanted, families: Sequence[str], method: Method, *, warnings: list[str]
     ) -> Zeroed:
         """The first part of the training, in which a method makes units zero: see `sparsify.zeroed`."""
         assert self.recovery is not None
-        folder = None if run_dir is None else Path(run_dir)
+        request = self.request
         with _as_file(self.original) as path, _noting(warnings):
             return zeroed(
                 self.recovery,
@@ -143,47 +113,53 @@ class Work:
                 wanted,
                 families,
                 method,
-                run_dir=folder,
-                resume=resume,
-                shapes=shapes,
-                progress=on_step,
+                run_dir=None if request.run_dir is None else Path(request.run_dir),
+                resume=request.resume,
+                shapes=request.input_shapes,
+                progress=request.on_step,
                 notify=warnings.append,
             )
 
     def run(
-        self,
-        pruned: Graph,
-        path: Path,
-        result: Result,
-        *,
-        stage: Callable[[str], None],
-        before: Zeroed | None = None,
-        run_dir: str | os.PathLike[str] | None = None,
-        resume: bool = False,
-        shapes: Mapping[str, Sequence[int]] | None = None,
-        on_step: Callable[[Row], None] | None = None,
+        self, pruned: Graph, path: Path, result: Result, *, stage: Callable[[str], None], before: Zeroed | None = None
     ) -> Graph:
-        """Train the pruned model in `path`, write it there again, and take the metric. Returns what is written, and
-        puts the figures into the result. Raises TargetNotReached where it lost more than allowed.
+        """Repair and train the pruned model in `path`, write it there again, and take the metric. Returns what is
+        written, and puts the figures into the result. Raises TargetNotReached where it lost more than allowed.
 
         before: the first part of the training, where there was one.
         """
-        whole = after_surgery = None
-        judging = self.metric is not None and is_first_process()
-        if judging:
-            stage("evaluate")
-            with _as_file(self.original) as original:
-                whole = self.value(original, original)
-                after_surgery = self.value(path, original) if self.recovery is not None else None
+        values: list[float] = []
+
+        def judge() -> None:
+            if self.metric is not None and is_first_process():
+                stage("evaluate")
+                values.append(self.value(path))
+
+        if self.changes_weights:
+            judge()
+        if self.repairing is not None:
+            stage("repair")
+            pruned = self._repaired(pruned, path, result)
+            if self.recovery is not None:
+                judge()
         if self.recovery is not None:
             stage("train")
-            folder = None if run_dir is None else Path(run_dir)
-            pruned = self._trained(pruned, path, result, before, shapes, on_step, run_dir=folder, resume=resume)
-        if judging and whole is not None:
-            stage("evaluate")
-            with _as_file(self.original) as original:
-                self._judge(result, whole, after_surgery, self.value(path, original))
+            pruned = self._trained(pruned, path, result, before)
+        judge()
+        if values:
+            self._judge(result, values)
         return pruned
+
+    def _repaired(self, pruned: Graph, path: Path, result: Result) -> Graph:
+        assert self.repairing is not None
+        with _as_file(self.original) as original:
+            model, result.repair = self.repairing.run(result.analysis, result.plan, original)
+        if model is None:
+            return pruned
+        self._rewrite(model, path)
+        found = infer(open_model(path), self.request.registry, self.original.pins)
+        feeds_that_run(found, session(path), self.request.seed, self.request.input_shapes)
+        return found
 
     def _trained(
         self,
@@ -191,30 +167,35 @@ class Work:
         path: Path,
         result: Result,
         before: Zeroed | None,
-        shapes: Mapping[str, Sequence[int]] | None,
-        on_step: Callable[[Row], None] | None,
-        *,
-        run_dir: Path | None,
-        resume: bool,
     ) -> Graph:
         from onnxprune.train.recover import kept_channels, mirror_error
 
         assert self.recovery is not None
+        request = self.request
+        run_dir = None if request.run_dir is None else Path(request.run_dir)
         if before is not None and before.summary.share == 1:
             result.training = replace(before.trained.report, mirror_error_after=before.error)
             self._rewrite(marked(pruned.model, before.trained.report, before), path)
-            return infer(open_model(path), self.registry, self.original.pins)
+            return infer(open_model(path), request.registry, self.original.pins)
         how: dict[str, Any] = {"left": kept_channels(result.analysis, result.plan), "run_dir": run_dir}
+        if self.repairing is not None:
+            how["identity"] = self.repairing.about()
         if before is not None:
             how = {"left": None, "run_dir": run_folders(run_dir)[1], **before.rest()}
         with _noting(result.warnings):
             trained = self.recovery.run(
-                pruned, path, shapes=shapes, progress=on_step, notify=result.warnings.append, resume=resume, **how
+                pruned,
+                path,
+                shapes=request.input_shapes,
+                progress=request.on_step,
+                notify=result.warnings.append,
+                resume=request.resume,
+                **how,
             )
         report = trained.report if before is None else joined(before.trained.report, trained.report)
         self._rewrite(marked(trained.model, report, before), path)
-        found = infer(open_model(path), self.registry, self.original.pins)
-        error = mirror_error(trained.module, found, path, registry=self.registry, shapes=shapes)
+        found = infer(open_model(path), request.registry, self.original.pins)
+        error = mirror_error(trained.module, found, path, registry=request.registry, shapes=request.input_shapes)
         result.training = replace(report, mirror_error_after=error)
         return found
 
@@ -224,24 +205,38 @@ class Work:
             for file in Path(folder).iterdir():
                 os.replace(file, path.parent / file.name)
 
-    def value(self, path: Path, original: Path) -> float:
+    def value(self, path: Path) -> float:
         """The metric of a file."""
         from onnxprune.evaluate import evaluate
 
         assert self.metric is not None
-        return evaluate(path, self.source, self.metric, original=original, threads=self.threads)
+        with _as_file(self.original) as original:
+            measure = partial(evaluate, threads=self.request.threads, original=original)
+            if self._whole is None:
+                self._whole = measure(original, self.judged, self.metric)
+            return measure(path, self.judged, self.metric)
 
-    def _judge(self, result: Result, before: float, pruned: float | None, after: float) -> None:
+    def _judge(self, result: Result, values: Sequence[float]) -> None:
+        """values: of the model as it was after each step, the last is what is written."""
         from onnxprune.metrics import Drop
 
-        assert self.metric is not None
+        assert self.metric is not None and self._whole is not None
+        before, after = self._whole, values[-1]
         drop = Drop(before, after, self.metric)
         result.accuracy = Accuracy(
-            self.metric.name, self.metric.higher_is_better, before, pruned, after, drop.amount, self.metric.is_fraction
+            self.metric.name,
+            self.metric.higher_is_better,
+            before,
+            values[0] if len(values) > 1 else None,
+            after,
+            drop.amount,
+            self.metric.is_fraction,
+            repaired=values[1] if len(values) > 2 else None,
         )
-        if self.max_drop is not None and not drop.within(self.max_drop):
+        limit = self.request.max_drop
+        if limit is not None and not drop.within(limit):
             raise TargetNotReached(
-                f"{self.metric.name} goes from {before:.4g} to {after:.4g}, more than the {self.max_drop:.2%} allowed",
+                f"{self.metric.name} goes from {before:.4g} to {after:.4g}, more than the {limit:.2%} allowed",
                 "train longer (--steps), remove less (--target), or allow more (--max-drop)",
             )
 
@@ -292,16 +287,15 @@ def _noting(warnings: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def _recovery(
-    graph: Graph, data: object, settings: TrainSettings, recipe: Recipe, registry: Mapping[str, Operator]
-) -> Recovery:
+def _recovery(graph: Graph, request: Request, settings: TrainSettings) -> Recovery:
     with training_imports():
         from onnxprune.train.recover import Recovery
+    recipe = request.recipe
     return Recovery.prepared(
         graph,
-        data,
+        request.data,
         settings,
-        registry=registry,
+        registry=request.registry,
         preprocess=recipe.preprocess,
         loss=recipe.loss,
         distill=recipe.distill,
@@ -310,29 +304,13 @@ def _recovery(
     )
 
 
-@contextmanager
-def training_imports() -> Iterator[None]:
-    """Around imports that want torch. Raises UsageError where it is missing."""
-    try:
-        yield
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "torch":
-            raise
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
-        what = "which is not installed" if missing else f"which can't be imported: {error}"
-        raise UsageError(
-            f"training wants torch, {what}", "pip install 'onnxprune[train]'; or leave --data away: it works without"
-        ) from None
+def training_imports() -> AbstractContextManager[None]:
+    """Around imports that training wants. Raises UsageError where torch is missing."""
+    return wants_torch("training", "leave --steps away: pruning works without")
 
 
-def _evaluation(graph: Graph, recipe: Recipe, recovery: Recovery | None) -> Source | None:
-    """What the metric is taken on; a callable may bring data of its own."""
-    if recipe.eval_data is None:
-        return None if recovery is None else recovery.source
-    from onnxprune.data.signature import signature_of
-    from onnxprune.data.source import open_data
-
-    return open_data(recipe.eval_data, signature_of(graph), preprocess=recipe.preprocess)
+def _opened(graph: Graph, data: object, request: Request) -> Source:
+    return open_data(data, signature_of(graph), preprocess=request.recipe.preprocess)
 
 
 class _as_file:

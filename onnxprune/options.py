@@ -1,4 +1,4 @@
-"""The options of `compress` about data and training, and what they mean to `pipeline.compress`."""
+"""The options of `compress` about data, repair and training, and what they mean to `pipeline.compress`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
+from onnxprune.train.methods import ONESHOT
+
 __all__ = ["training_arguments", "training_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Named here as well so that --help loads no stage; a test compares them with those of `repairs`.
+REPAIRS = ("auto", "affine", "ls", "mean", "none")
+CALIBRATIONS = ("random",)
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 SETTINGS = (
     "epochs",
@@ -79,11 +84,17 @@ _share = click.FloatRange(0, 1, max_open=True)
 _count = click.IntRange(min=1)
 
 _OPTIONS = (
-    click.option("--data", metavar="SPEC", help="Train on this: .npz, .npy, a folder of them, of ONNX test sets or of "
-                 "images, file.py:callable or package.module:callable."),
+    click.option("--data", metavar="SPEC", help="Repair, rank, train and measure on this: .npz, .npy, a folder of "
+                 "them, of ONNX test sets or of images, file.py:callable or package.module:callable."),
     click.option("--preprocess", metavar="KEY=VALUE,...", help="size=, crop=, mean=, std=, scale=, layout=, channels= "
                  "or imagenet."),
-    click.option("--steps", type=_count, help="Train for N steps (500 where no length is given)."),
+    click.option("--samples", type=_count, help="Inputs of --data that ranking and repair take.  [default: 512]"),
+    click.option("--repair", type=click.Choice(REPAIRS), default="auto", show_default=True,
+                 help="Solve for what is left to give what the original gave: affine (weights and biases), ls "
+                 "(weights), mean (biases). auto: affine on --data."),
+    click.option("--calibrate", type=click.Choice(CALIBRATIONS),
+                 help="Without --data: repair on inputs drawn at random, which can make it worse."),
+    click.option("--steps", type=_count, help="Train for N steps (500 where a method trains and no length is given)."),
     click.option("--epochs", type=_count, help="Train for N passes over the data."),
     click.option("--time-budget", type=_Duration(), metavar="TIME", help="Train for 30m, 90s or 1.5h."),
     click.option("--loss", default="auto", show_default=True, metavar="NAME|FILE.py:CALLABLE",
@@ -131,9 +142,12 @@ def training_options(command: F) -> F:
 
 
 def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
-    """Take the options out of a command's, and give what `pipeline.compress` wants of them. Raises UsageError."""
-    from onnxprune.accuracy import TRAIN_STEPS, Recipe
+    """Take the options about training out of a command's, and give what `pipeline.compress` wants of them.
+
+    Training is asked for by a length, or by a method that works in training. Raises UsageError.
+    """
     from onnxprune.errors import UsageError
+    from onnxprune.request import TRAIN_STEPS, Recipe
     from onnxprune.train.settings import TrainSettings
 
     data, resume, run_dir = options.pop("data"), options.pop("resume"), options.pop("run_dir")
@@ -149,20 +163,25 @@ def training_arguments(options: dict[str, Any], *, seed: int) -> dict[str, Any]:
             settings[name] = Path(path)
     recipe = Recipe(**{name: options.pop(name) for name in RECIPE})
     if data is None and (settings or resume or run_dir):
-        first = next(iter(settings), "run_dir")
-        option = {
-            "batch": "batch-size",
-            "time_budget_s": "time-budget",
-            "checkpoint_every_steps": "checkpoint-every",
-        }.get(first, first.replace("_", "-"))
-        raise UsageError(f"--{option} is about training, which wants data", "give it with --data")
+        raise UsageError(f"{_option(settings)} is about training, which wants data", "give it with --data")
     if resume and run_dir is None:
         raise UsageError("--resume wants the folder of the run", "give it with --run-dir")
-    lengths = {"steps", "epochs", "time_budget_s"}
     train = None
-    if data is not None:
-        if not lengths & set(settings):
-            settings["steps"] = TRAIN_STEPS
+    if settings.keys() & {"steps", "epochs", "time_budget_s"}:
         train = TrainSettings(seed=seed, **settings)
+    elif data is not None and options["method"] != ONESHOT:
+        train = TrainSettings(seed=seed, steps=TRAIN_STEPS, **settings)
+    elif settings:
+        raise UsageError(
+            f"{_option(settings)} is about training, which is not asked for",
+            f"--steps {TRAIN_STEPS} trains, as --epochs and --time-budget do",
+        )
     chosen = {name: options.pop(name) for name in ("evaluate", "max_drop")}
     return {"data": data, "train": train, "recipe": recipe, "run_dir": run_dir, "resume": resume, **chosen}
+
+
+def _option(settings: dict[str, Any]) -> str:
+    """The first of the settings as it was given."""
+    first = next(iter(settings), "run_dir")
+    names = {"batch": "batch-size", "time_budget_s": "time-budget", "checkpoint_every_steps": "checkpoint-every"}
+    return f"--{names.get(first, first.replace('_', '-'))}"

@@ -8,27 +8,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 import onnx
 
-from onnxprune.accuracy import DEFAULT_RECIPE, TRAINED_KEY, Recipe, Work, is_first_process, training_imports
+from onnxprune.accuracy import TRAINED_KEY, Work, is_first_process, training_imports
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.analysis import analyse as analyse_graph
+from onnxprune.clock import Clock
 from onnxprune.errors import ModelRejected, TargetNotReached, UsageError
 from onnxprune.model.graph import Graph, Model
 from onnxprune.model.infer import infer
 from onnxprune.model.load import load, open_model, understood
-from onnxprune.model.payload import Mapped
 from onnxprune.model.profile import costs, summary
 from onnxprune.model.save import place, write
 from onnxprune.ops import OPERATORS
 from onnxprune.ops.registry import Operator
+from onnxprune.output import free, spare_external_data
 from onnxprune.ranking import Ranking, measured_samples, ranking
+from onnxprune.repairs import REPAIRED_KEY
+from onnxprune.request import DEFAULT_RECIPE, Recipe, Request
 from onnxprune.result import Latency, ModelSummary, Result, Verification
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.align import aligned_counts, block_size
@@ -66,28 +69,6 @@ class Inspection:
     analyse_s: float
 
 
-class _Clock:
-    """Seconds per stage, by name."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-        self.stage = ""
-        self.since = time.perf_counter()
-
-    def start(self, stage: str) -> None:
-        now = time.perf_counter()
-        if self.stage:
-            self.seconds[f"{self.stage}_s"] = now - self.since
-        self.stage, self.since = stage, now
-        if stage and self.progress is not None:
-            self.progress(stage)
-
-    def stop(self) -> dict[str, float]:
-        self.start("")
-        return self.seconds
-
-
 def compress(
     model: str | os.PathLike[str] | onnx.ModelProto,
     output: str | os.PathLike[str] | None = None,
@@ -112,6 +93,9 @@ def compress(
     threads: int = 1,
     input_shapes: Shapes | None = None,
     data: object = None,
+    samples: int | None = None,
+    repair: str = "auto",
+    calibrate: str | None = None,
     train: TrainSettings | None = None,
     evaluate: str | None = None,
     max_drop: float | None = None,
@@ -122,8 +106,8 @@ def compress(
     progress: Progress | None = None,
     on_step: Callable[[Row], None] | None = None,
 ) -> Result:
-    """Prune a model to a target, prove the surgery in onnxruntime, train what is left where there is data, and write
-    it.
+    """Prune a model to a target, prove the surgery in onnxruntime, repair what is left where there is data, train it
+    where that is asked for, and write it.
 
     output: where to write; nothing is written where it is None (the pruned model is in the result).
     target: what is to remain, such as 'macs=0.5', 'params=40%', 'size=5MB', 'macs=1.2G', 'channels=0.5',
@@ -135,8 +119,13 @@ def compress(
     deploy, align: the block that kept counts are multiples of (`select.align`). floor: least share a group keeps.
     exclude: regular expressions of initializer and node names to leave alone.
     input_shapes: sizes of inputs with symbolic dimensions, for costs, the proof and latency.
-    data: what to train on, in any form that `data.open_data` takes. train: how, and for how long. recipe: the loss, and
-        what is done to the data.
+    data: what to repair, rank and train on, in any form that `data.open_data` takes. samples: how many of its inputs
+        are for ranking and repair, 512 unless told otherwise.
+    repair: 'affine' solves for the weights and biases of the layers behind the surgery so that they give what they
+        gave, 'ls' for the weights, 'mean' for the biases, 'none' for nothing; 'auto' is 'affine' where there is data
+        and no method in training. calibrate: 'random' repairs without data, on inputs drawn at random, which can hurt.
+    train: how, and for how long; where it is None, only methods in training train. recipe: the loss, and what is done
+        to the data.
     evaluate: a metric of `metrics.parse_metric`, taken in onnxruntime of the original, the pruned and the written
         model. max_drop: what it may lose, as a fraction.
     run_dir, resume: where the training keeps checkpoints, and whether it goes on from there.
@@ -146,134 +135,234 @@ def compress(
     wrong in data, hooks and training; NotMirrored where the model can't be trained. Where it raises, nothing has been
     written (but for checkpoints in run_dir).
     """
+    request = Request.of(locals())
+    goal = goal_of(target, request)
+    destination = None if output is None or not is_first_process() else free(Path(output), model, force)
+    clock = Clock(progress)
+    return Point(Prepared.of(model, request, clock), goal, destination, clock).run()
+
+
+def goal_of(target: str, request: Request) -> Target:
+    """The target, as far as the method can be given it. Raises UsageError."""
     goal = parse_target(target)
-    if goal.metric == "latency" and method != ONESHOT:
+    if goal.metric == "latency" and request.in_training:
         raise UsageError(
-            f"target {goal.text} is planned by measuring, and method {method} plans in training",
+            f"target {goal.text} is planned by measuring, and method {request.method} plans in training",
             "find out what it takes with --method oneshot --dry-run, and ask for that with macs=",
         )
-    block = block_size(deploy, align)
-    chosen = _method(method, method_options, data)
-    first = is_first_process()
-    destination = None if output is None or not first else _free(Path(output), model, force)
-    clock = _Clock(progress)
-    clock.start("load")
-    graph = _load(model, registry, input_shapes)
-    work = Work.prepared(
-        graph,
-        data,
-        train,
-        evaluate,
-        max_drop,
-        recipe,
-        registry=registry,
-        threads=threads,
-        method=chosen,
-        run_dir=run_dir,
-        resume=resume,
-    )
-    clock.start("analyse")
-    analysis = analyse_graph(graph, registry=registry, exclude=exclude)
-    clock.start("select")
-    name = Path(graph.model.source).name or "model"
-    before = summary(graph.model, name, costs(analysis))
-    wanted = Wanted(target=goal, scope=scope, floor=floor, align=block, allow_inexact=allow_inexact)
-    families = None if chosen is None or work is None else work.families(analysis, allow_inexact=allow_inexact)
-    ranked = Ranking("l2")
-    if chosen is None:
-        ranked = ranking(
-            analysis,
-            candidates(analysis, allow_inexact=allow_inexact),
-            None if work is None or work.recovery is None else work.recovery.source,
-            importance=importance,
-            allocate=allocate,
-            stored=None if sensitivity is None else Path(sensitivity),
-            seed=seed,
+    return goal
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What is known before a target is: the model, its analysis, the data, and how units are ranked. The points of a
+    sweep share it.
+
+    block: what kept counts are multiples of. method: in training, None for one-shot; families: ids of the groups that
+    it may take units of.
+    """
+
+    request: Request
+    graph: Graph
+    analysis: Analysis
+    work: Work
+    before: ModelSummary
+    block: int
+    method: Method | None
+    families: list[str] | None
+
+    @classmethod
+    def of(cls, model: str | os.PathLike[str] | onnx.ModelProto, request: Request, clock: Clock) -> Self:
+        """Load, open what else there is, and analyse: all that can be refused is refused here."""
+        block = block_size(request.deploy, request.align)
+        method = _method(request)
+        clock.start("load")
+        graph = _load(model, request.registry, request.input_shapes)
+        work = Work.prepared(graph, request, method)
+        clock.start("analyse")
+        analysis = analyse_graph(graph, registry=request.registry, exclude=request.exclude)
+        clock.start("select")
+        before = summary(graph.model, Path(graph.model.source).name or "model", costs(analysis))
+        families = None if method is None else work.families(analysis)
+        return cls(request, graph, analysis, work, before, block, method, families)
+
+    @cached_property
+    def ranked(self) -> Ranking:
+        """Of a method in training, what a dry run shows instead."""
+        request = self.request
+        if self.method is not None:
+            return Ranking("l2")
+        return ranking(
+            self.analysis,
+            candidates(self.analysis, allow_inexact=request.allow_inexact),
+            self.work.source,
+            importance=request.importance,
+            allocate=request.allocate,
+            stored=None if request.sensitivity is None else Path(request.sensitivity),
+            samples=request.samples,
+            seed=request.seed,
         )
-    plan = partial(
-        choose,
-        analysis,
-        importance=ranked.importance,
-        calibration=ranked.calibration,
-        losses=ranked.losses,
-        scope=scope,
-        floor=floor,
-        align=block,
-        allow_inexact=allow_inexact,
-        seed=seed,
-        only=families,
-    )
-    measured = None
-    if goal.metric == "latency":
-        measured = _measured(analysis, goal, plan, block, allow_inexact=allow_inexact, best_effort=best_effort,
-                             threads=threads, shapes=input_shapes, seed=seed, progress=progress,
-                             run_dir=run_dir, resume=resume)  # fmt: skip
-    choice = plan(goal) if measured is None else measured.choice
-    result = Result(
-        before,
-        None,
-        choice.outcome,
-        choice.plan,
-        analysis,
-        align=choice.align,
-        aligned=aligned_counts(analysis, choice.plan, block),
-        warnings=[
-            *_warnings(graph, choice.align if chosen is None or dry_run else block, block),
-            *(() if measured is None else measured.warnings),
-        ],
-        latency=None if measured is None else measured.latency,
-    )
-    if not choice.outcome.met and not best_effort:
-        raise TargetNotReached(
-            f"target {goal.text} can't be reached: at most {1 - choice.least:.1%} of {goal.metric} can go, "
-            f"which leaves {choice.least:.1%}",
-            "ask for less, or write the closest model with --best-effort",
+
+    def plan(self, goal: Target) -> Choice:
+        """The units to keep for a target."""
+        request = self.request
+        return choose(
+            self.analysis,
+            goal,
+            importance=self.ranked.importance,
+            calibration=self.ranked.calibration,
+            losses=self.ranked.losses,
+            scope=request.scope,
+            floor=request.floor,
+            align=self.block,
+            allow_inexact=request.allow_inexact,
+            seed=request.seed,
+            only=self.families,
         )
-    if dry_run:
-        if chosen is not None:
-            result.warnings.append(
-                f"method {chosen.name} chooses units in training; those of the lowest l2 norm stand here"
-            )
-        result.timing = clock.stop()
+
+
+@dataclass(eq=False)
+class Point:
+    """One target, from the plan to the file. The methods are called in the order in which they stand here.
+
+    measured: the plan of a latency, which was found by measuring. zero: what a method in training left behind.
+    """
+
+    prepared: Prepared
+    goal: Target
+    destination: Path | None
+    clock: Clock
+    measured: Reached | None = None
+    zero: Zeroed | None = None
+
+    def run(self) -> Result:
+        """Raises what `compress` raises."""
+        self.clock.start("select")
+        result = self.selected()
+        if not self.prepared.request.dry_run:
+            self.sparsify(result)
+            self.clock.start("rewrite")
+            self.deliver(result, rewrite(result.analysis, result.plan))
+        result.timing = self.clock.stop()
         return result
-    in_training: dict[str, Any] = {"run_dir": run_dir, "resume": resume, "shapes": input_shapes, "on_step": on_step}
-    zero = None
-    if chosen is not None and work is not None and families is not None:
-        clock.start("sparsify")
-        zero = work.zeroed(analysis, wanted, families, chosen, warnings=result.warnings, **in_training)
-        _take(result, zero, block, best_effort=best_effort)
-    clock.start("rewrite")
-    pruned = rewrite(result.analysis, result.plan)
 
-    def produce(path: Path) -> None:
+    def selected(self) -> Result:
+        """The plan, and what it makes of the target."""
+        prepared, request, block = self.prepared, self.prepared.request, self.prepared.block
+        if self.goal.metric == "latency":
+            self.measured = self.reached()
+        choice = prepared.plan(self.goal) if self.measured is None else self.measured.choice
+        if not choice.outcome.met and not request.best_effort:
+            raise TargetNotReached(
+                f"target {self.goal.text} can't be reached: at most {1 - choice.least:.1%} of {self.goal.metric} can "
+                f"go, which leaves {choice.least:.1%}",
+                "ask for less, or write the closest model with --best-effort",
+            )
+        found = Result(
+            prepared.before,
+            None,
+            choice.outcome,
+            choice.plan,
+            prepared.analysis,
+            align=choice.align,
+            aligned=aligned_counts(prepared.analysis, choice.plan, block),
+        )
+        tentative = prepared.method is not None and not request.dry_run
+        found.warnings = _warnings(prepared.graph, block if tentative else choice.align, block)
+        if self.measured is not None:
+            found.warnings += self.measured.warnings
+            found.latency = self.measured.latency
+        if prepared.method is not None and request.dry_run:
+            name = prepared.method.name
+            found.warnings.append(f"method {name} chooses units in training; those of the lowest l2 norm stand here")
+        return found
+
+    def reached(self) -> Reached:
+        """The plan for a latency, found by measuring."""
+        from onnxprune.latency.keep import reached_once
+        from onnxprune.latency.search import reach
+
+        prepared, request = self.prepared, self.prepared.request
+        search = partial(
+            reach,
+            prepared.analysis,
+            self.goal,
+            prepared.plan,
+            align=prepared.block,
+            allow_inexact=request.allow_inexact,
+            best_effort=request.best_effort,
+            threads=request.threads,
+            shapes=request.input_shapes,
+            seed=request.seed,
+            progress=request.progress,
+        )
+        return reached_once(search, prepared.analysis, self.goal, run_dir=request.run_dir, resume=request.resume)
+
+    def sparsify(self, result: Result) -> None:
+        """Let a method in training make units zero, and go on with the trained network and those units as the plan."""
+        prepared, request, block = self.prepared, self.prepared.request, self.prepared.block
+        if prepared.method is None or prepared.families is None:
+            return
+        self.clock.start("sparsify")
+        wanted = Wanted(
+            target=self.goal,
+            scope=request.scope,
+            floor=request.floor,
+            align=block,
+            allow_inexact=request.allow_inexact,
+        )
+        self.zero = zero = prepared.work.zeroed(
+            prepared.analysis, wanted, prepared.families, prepared.method, warnings=result.warnings
+        )
+        result.analysis, result.plan, result.target = zero.analysis, zero.plan, zero.outcome
+        result.sparsified, result.align = zero.summary, zero.block
+        result.aligned = aligned_counts(zero.analysis, zero.plan, block)
+        result.warnings += _smaller_blocks(zero.block, block)
+        if not zero.outcome.met and not request.best_effort:
+            raise TargetNotReached(
+                f"the method {zero.summary.method} left {zero.outcome.reached:.1%} of {zero.outcome.metric} after "
+                f"{zero.summary.steps} steps, more than {zero.outcome.spec}",
+                "train longer (--steps), or write the closest model with --best-effort",
+            )
+
+    def deliver(self, result: Result, pruned: Model) -> None:
+        """Put the file where it is wanted once all is proved and done; before that nothing is there."""
+        if self.destination is None:
+            with TemporaryDirectory(prefix="onnxprune-") as folder:
+                self.produce(result, pruned, Path(folder) / "pruned.onnx")
+            return
+        spare_external_data(self.destination, self.prepared.graph.model)
+        place(self.destination, lambda path: self.produce(result, pruned, path))
+        result.output = str(self.destination)
+
+    def produce(self, result: Result, pruned: Model, path: Path) -> None:
+        """Write the pruned model, prove it, make it better, and measure it."""
+        prepared, request = self.prepared, self.prepared.request
         pruned.nbytes = _written(pruned, path)
-        clock.start("verify")
-        result.verification = prove(result.analysis, result.plan, path, seed=seed, shapes=input_shapes, model=pruned)
+        self.clock.start("verify")
+        how: dict[str, Any] = {"seed": request.seed, "shapes": request.input_shapes, "model": pruned}
+        result.verification = prove(result.analysis, result.plan, path, **how)
         if result.sparsified is not None:
-            prove_zero(result, path, seed=seed, shapes=input_shapes, model=pruned)
-        smaller = infer(open_model(path), registry, graph.pins)
-        result.model = pruned
-        if work is not None:
-            smaller = work.run(smaller, path, result, stage=clock.start, before=zero, **in_training)
-            result.model = smaller.model
-        shown = destination.name if destination else f"{name} (pruned)"
-        result.after = summary(smaller.model, shown, costs(analyse_graph(smaller, registry=registry)))
-        if (latency if measured is None else work is not None) and first and graph.model.source:
-            clock.start("latency")
-            result.latency = _latency(graph.model.source, path, threads, input_shapes, seed, result.warnings)
-            if measured is not None and result.latency is not None:
-                result.target = measured.outcome(goal, result.latency, result.warnings)
-        clock.start("write")
+            prove_zero(result, path, **how)
+        surgery = infer(open_model(path), request.registry, prepared.graph.pins)
+        final = prepared.work.run(surgery, path, result, stage=self.clock.start, before=self.zero)
+        result.model = pruned if final is surgery else final.model
+        shown = self.destination.name if self.destination else f"{prepared.before.name} (pruned)"
+        result.after = summary(final.model, shown, costs(analyse_graph(final, registry=request.registry)))
+        self.time(result, path)
+        self.clock.start("write")
 
-    if destination is None:
-        with TemporaryDirectory(prefix="onnxprune-") as folder:
-            produce(Path(folder) / "pruned.onnx")
-    else:
-        _spare_external_data(destination, graph.model)
-        place(destination, produce)
-        result.output = str(destination)
-    result.timing = clock.stop()
-    return result
+    def time(self, result: Result, path: Path) -> None:
+        """Latency of both files, where it was asked for; a plan that was measured is measured again only where the
+        weights have changed since."""
+        request, source = self.prepared.request, self.prepared.graph.model.source
+        asked = request.latency if self.measured is None else self.prepared.work.changes_weights
+        if not asked or not is_first_process() or not source:
+            return
+        self.clock.start("latency")
+        result.latency = _latency(source, path, request.threads, request.input_shapes, request.seed, result.warnings)
+        if self.measured is not None and result.latency is not None:
+            result.target = self.measured.outcome(self.goal, result.latency, result.warnings)
 
 
 def inspect(
@@ -383,8 +472,8 @@ def verify(
 ) -> Verification:
     """Repeat the proof from the plan stored in a pruned model.
 
-    Of a model that was trained since, the surgery is done again and proved, and the file must be what came out with
-    other weights; the notes say so. Raises VerificationFailed, ModelRejected.
+    Of a model that was repaired or trained since, the surgery is done again and proved, and the file must be what came
+    out with other weights; the notes say so. Raises VerificationFailed, ModelRejected.
     """
     small = open_model(pruned)
     text = next((p.value for p in small.proto.metadata_props if p.key == METADATA_KEY), None)
@@ -396,32 +485,22 @@ def verify(
     pins, exclude = stored_settings(text)
     analysis = analyse_graph(load(original, registry=registry, pins=pins), registry=registry, exclude=exclude)
     plan = plan_from_text(text, analysis)
-    if any(p.key == TRAINED_KEY for p in small.proto.metadata_props):
-        return prove_trained(analysis, plan, Path(pruned), small, seed=seed, shapes=input_shapes)
+    marks = {p.key for p in small.proto.metadata_props}
+    if TRAINED_KEY in marks or REPAIRED_KEY in marks:
+        found = prove_trained(analysis, plan, Path(pruned), small, seed=seed, shapes=input_shapes)
+        notes = found.notes if TRAINED_KEY in marks else [n.replace("trained:", "repaired:", 1) for n in found.notes]
+        return replace(found, notes=tuple(notes))
     return prove(analysis, plan, Path(pruned), seed=seed, shapes=input_shapes, model=small)
 
 
-def _method(method: str | type[Sparsifier], options: Mapping[str, Any] | None, data: object) -> Method | None:
+def _method(request: Request) -> Method | None:
     """The method in training that was asked for, None for one-shot. Raises UsageError."""
-    if method != ONESHOT and data is None:
+    method = request.method
+    if request.in_training and request.data is None:
         name = method if isinstance(method, str) else method.__name__
         raise UsageError(f"the method {name} works in training, which wants data", "give it with --data")
     with training_imports():
-        return find_method(method, options)
-
-
-def _take(result: Result, zero: Zeroed, block: int, *, best_effort: bool) -> None:
-    """Go on with a trained network whose zero units are the plan. Raises TargetNotReached."""
-    result.analysis, result.plan, result.target = zero.analysis, zero.plan, zero.outcome
-    result.sparsified, result.align = zero.summary, zero.block
-    result.aligned = aligned_counts(zero.analysis, zero.plan, block)
-    result.warnings += _smaller_blocks(zero.block, block)
-    if not zero.outcome.met and not best_effort:
-        raise TargetNotReached(
-            f"the method {zero.summary.method} left {zero.outcome.reached:.1%} of {zero.outcome.metric} after "
-            f"{zero.summary.steps} steps, more than {zero.outcome.spec}",
-            "train longer (--steps), or write the closest model with --best-effort",
-        )
+        return find_method(method, request.method_options)
 
 
 def _load(
@@ -440,33 +519,6 @@ def _load(
             f"the inputs are {', '.join(first.inputs)}",
         )
     return understood(opened, registry, pins_of(first, shapes))
-
-
-def _free(path: Path, model: object, force: bool) -> Path:
-    """Refuse an output that can't or must not be written, before any work."""
-    if isinstance(model, (str, os.PathLike)) and path.exists() and Path(model).exists() and path.samefile(model):
-        raise UsageError(f"{path} is the input itself", "name another output")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder", "name a file in it")
-    for taken in (path, path.with_name(f"{path.name}.data")):
-        if taken.exists() and not force:
-            raise UsageError(f"{taken} exists already", "--force overwrites it")
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is no folder", "create it first")
-    try:
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path.parent} can't be written to: {error.strerror}", "name an output elsewhere") from None
-    return path
-
-
-def _spare_external_data(path: Path, model: Model) -> None:
-    """The input's own external data is never replaced, whatever --force says."""
-    data = path.with_name(f"{path.name}.data")
-    for payload in model.payloads.values():
-        if isinstance(payload, Mapped) and data.exists() and data.samefile(payload.file.path):
-            raise UsageError(f"{data} holds the input's own weights", "name another output")
 
 
 def _written(model: Model, path: Path) -> int:
@@ -489,24 +541,6 @@ def _smaller_blocks(used: int, block: int) -> list[str]:
     return [
         f"whole blocks of {block} channels don't reach the target: blocks of {used} were used, which may run slower"
     ]
-
-
-def _measured(
-    analysis: Analysis,
-    goal: Target,
-    plan: Callable[..., Choice],
-    block: int,
-    *,
-    run_dir: str | os.PathLike[str] | None,
-    resume: bool,
-    **how: Any,
-) -> Reached:
-    """The plan for a latency, found by measuring."""
-    from onnxprune.latency.keep import reached_once
-    from onnxprune.latency.search import reach
-
-    search = partial(reach, analysis, goal, plan, align=block, **how)
-    return reached_once(search, analysis, goal, run_dir=run_dir, resume=resume)
 
 
 def _latency(

@@ -16,6 +16,7 @@ __all__ = [
     "Latency",
     "LatencyStats",
     "ModelSummary",
+    "Repair",
     "Result",
     "Sparsified",
     "TargetOutcome",
@@ -144,9 +145,37 @@ class Sparsified:
 
 
 @dataclass(frozen=True)
+class Repair:
+    """How the layers behind the surgery were solved for.
+
+    mode: 'affine', 'ls' or 'mean'. data: what it was done on; samples: how many inputs, of which held_out were kept
+    to judge by. before, after: error of the model's outputs on those, relative to their variance, right after the
+    surgery and repaired. dropped: it was no smaller, and nothing was changed.
+    consumers: the fields of `reconstruct.ConsumerRepair` for each layer that was solved for; left: for each other
+    'label', 'op', 'groups' and 'reason'. steps: passes over parts of the network. peak_bytes: of activations held in
+    memory; spilled_bytes: written to temporary files.
+    """
+
+    mode: str
+    data: str
+    samples: int
+    held_out: int
+    before: float
+    after: float
+    dropped: bool
+    consumers: tuple[Mapping[str, Any], ...]
+    left: tuple[Mapping[str, Any], ...]
+    steps: int
+    seconds: float
+    peak_bytes: int
+    spilled_bytes: int
+
+
+@dataclass(frozen=True)
 class Accuracy:
-    """A metric of the files in onnxruntime: of the original, right after the surgery (None where nothing was trained)
-    and of what was written. drop: what was lost, in points for a fraction (0.01 is one percent), else relative."""
+    """A metric of the files in onnxruntime: of the original, right after the surgery (None where nothing came after it)
+    and of what was written. drop: what was lost, in points for a fraction (0.01 is one percent), else relative.
+    repaired: between repair and training, where there were both."""
 
     metric: str
     higher_is_better: bool
@@ -155,6 +184,7 @@ class Accuracy:
     after: float
     drop: float
     is_fraction: bool
+    repaired: float | None = None
 
 
 @dataclass(eq=False)
@@ -169,6 +199,7 @@ class Result:
     verification: Verification | None = None
     latency: Latency | None = None
     sparsified: Sparsified | None = None
+    repair: Repair | None = None
     training: Training | None = None
     accuracy: Accuracy | None = None
     output: str | None = None

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
-from onnxprune import cli, pipeline
+from onnxprune import cli, output, pipeline
 from onnxprune.accuracy import Recipe
 from onnxprune.errors import VerificationFailed
 
@@ -163,7 +163,8 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
     )
     assert callable(seen.pop("progress"))
     assert callable(seen.pop("on_step"))
-    trained = {name: seen.pop(name) for name in ("data", "train", "run_dir", "evaluate", "max_drop")}
+    names = ("data", "samples", "calibrate", "train", "run_dir", "evaluate", "max_drop")
+    trained = {name: seen.pop(name) for name in names}
     assert set(trained.values()) == {None}
     assert (seen.pop("recipe"), seen.pop("resume")) == (Recipe(), False)
     assert seen == {
@@ -173,6 +174,7 @@ def test_options_reach_the_pipeline(tiny_cnn: Path, tmp_path: Path, monkeypatch:
         "importance": "fpgm",
         "allocate": "sensitivity",
         "sensitivity": "curves.json",
+        "repair": "auto",
         "scope": "local",
         "floor": 0.25,
         "deploy": "none",
@@ -282,7 +284,7 @@ def test_a_read_only_folder_is_seen_before_the_work(
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
     if os.geteuid() == 0:  # who may write anywhere
-        monkeypatch.setattr(pipeline, "TemporaryFile", refused)
+        monkeypatch.setattr(output, "TemporaryFile", refused)
     monkeypatch.setattr(pipeline, "open_model", reached)
     failed(run("compress", tiny_cnn, folder / "out.onnx", *QUICK), 2, "locked")
 
@@ -496,6 +498,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_the_choices_are_those_of_the_stages() -> None:
+    from onnxprune import options, repairs
     from onnxprune.ranking import ALLOCATIONS
     from onnxprune.select.align import DEPLOYMENTS
     from onnxprune.select.importance import IMPORTANCE
@@ -503,6 +506,7 @@ def test_the_choices_are_those_of_the_stages() -> None:
 
     assert set(cli.IMPORTANCE) == set(IMPORTANCE)
     assert cli.ALLOCATIONS == ALLOCATIONS
+    assert (options.REPAIRS, options.CALIBRATIONS) == (repairs.REPAIRS, repairs.CALIBRATIONS)
     assert cli.DEPLOYMENTS == DEPLOYMENTS
     assert tuple(OPTIMISATION) == cli.OPTIMISATION
 

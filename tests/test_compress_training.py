@@ -1,4 +1,4 @@
-"""`compress` with data: what it trains, what it says and writes when training ends in another way, and what it refuses."""
+"""`compress` with training: what it trains, what it says and writes when training ends in another way, and what it refuses."""
 
 from __future__ import annotations
 
@@ -137,12 +137,13 @@ def fixed_batch(tmp_path: Path, *, reshape: bool, mixing: bool = False) -> Path:
 def test_a_file_for_one_image_is_trained_on_batches(tmp_path: Path, out: Path, data: Path, reshape: bool) -> None:
     """It gives the weights that the file without a fixed batch gives, and stays fixed."""
     model = fixed_batch(tmp_path, reshape=reshape)
-    result = compress(model, out, data, "--amp", "none")
+    how = ("--amp", "none", "--repair", "none")  # which sees the data in other batches
+    result = compress(model, out, data, *how)
     assert result.exit_code == 0, result.output
     assert "8 at a time, where the file takes 1" in " ".join(result.stdout.split())
     free, free_out = tmp_path / "free.onnx", out.with_name("free.onnx")
     onnx.save(tiny_cnn_proto(), free)
-    assert compress(free, free_out, data, "--amp", "none").exit_code == 0
+    assert compress(free, free_out, data, *how).exit_code == 0
     one, other = tensors(out), tensors(free_out)
     for name in other:
         np.testing.assert_allclose(one[name], other[name], atol=1e-5, err_msg=name)
@@ -362,7 +363,10 @@ def test_bad_data_ends_with_6_and_a_reason(
         (("--eval", "top1"), "needs data"),
         (("--data", "DATA", "--resume"), "--resume wants the folder of the run"),
         (("--data", "DATA", "--steps", 3, "--epochs", 3), "found steps and epochs"),
-        (("--data", "DATA", "--loss", "cross"), "'cross' is no loss"),
+        (("--data", "DATA", "--steps", 3, "--loss", "cross"), "'cross' is no loss"),
+        (("--data", "DATA", "--loss", "ce"), "a loss is about training, which is not asked for"),
+        (("--data", "DATA", "--lr", 0.1), "--lr is about training, which is not asked for"),
+        (("--data", "DATA", "--run-dir", "x"), "--run-dir is about training, which is not asked for"),
         (("--data", "DATA", "--eval", "topp"), "topp"),
     ],
 )
@@ -404,13 +408,16 @@ def blocked(*args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_torch_only_training_is_refused(tiny_cnn: Path, out: Path, data: Path, tmp_path: Path) -> None:
+def test_without_torch_only_training_and_repair_are_refused(
+    tiny_cnn: Path, out: Path, data: Path, tmp_path: Path
+) -> None:
     trained, evaluation = tmp_path / "trained.onnx", ("--eval", "top1", "--eval-data", data)
     assert compress(tiny_cnn, trained, data).exit_code == 0
-    refused = blocked("compress", tiny_cnn, out, *TARGET, "--data", data)
-    assert refused.returncode == 2 and not out.exists()
-    assert "error: training wants torch, which is not installed" in refused.stderr
-    assert "hint: pip install 'onnxprune[train]'" in refused.stderr
+    for what, asked in (("training", ("--steps", 3)), ("repair", ())):
+        refused = blocked("compress", tiny_cnn, out, *TARGET, "--data", data, *asked)
+        assert refused.returncode == 2 and not out.exists()
+        assert f"error: {what} wants torch, which is not installed" in refused.stderr
+        assert "hint: pip install 'onnxprune[train]'" in refused.stderr
     done = blocked("compress", tiny_cnn, out, *TARGET, *evaluation)
     assert done.returncode == 0 and "Accuracy" in done.stdout, done.stderr
     for command in (("inspect", out), ("verify", tiny_cnn, out), ("verify", tiny_cnn, trained), ("compress", "--help")):

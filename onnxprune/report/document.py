@@ -61,6 +61,7 @@ def compress_document(result: Result) -> Document:
         "verification": _verification(result.verification) if result.verification is not None else None,
         "latency": _latency(result.latency) if result.latency is not None else None,
         "sparsified": asdict(result.sparsified) if result.sparsified is not None else None,
+        "repair": asdict(result.repair) if result.repair is not None else None,
         "training": asdict(result.training) if result.training is not None else None,
         "accuracy": asdict(result.accuracy) if result.accuracy is not None else None,
         "timing": dict(result.timing),

@@ -8,8 +8,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from onnxprune.report.text import (
+    ascii_only,
+    bytes_text,
+    capped,
+    change,
+    count_text,
+    cut,
+    more,
+    ms,
+    one_line,
+    percent,
+    power,
+    share,
+    table,
+)
 
 if TYPE_CHECKING:
     from onnxprune.axes.analysis import Analysis, Group
@@ -18,6 +34,7 @@ if TYPE_CHECKING:
         Latency,
         LatencyStats,
         ModelSummary,
+        Repair,
         Result,
         Sparsified,
         Training,
@@ -31,6 +48,7 @@ __all__ = [
     "bytes_text",
     "compress_report",
     "count_text",
+    "first_member",
     "inspect_report",
     "summary_table",
     "verify_line",
@@ -39,7 +57,6 @@ __all__ = [
 ROWS = 20  # of a table, unless asked for more
 PORTS = 8  # inputs, and outputs, unless asked for more
 
-Row = Sequence[str]
 Port = tuple[str, str, str]  # name, type, shape
 
 
@@ -50,6 +67,8 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
         parts.append(verify_line(result.verification))
     if result.sparsified is not None:
         parts.append(_method_line(result.sparsified, result.training))
+    if result.repair is not None:
+        parts.append(_repair_line(result.repair))
     if result.training is not None:
         parts.append(_training_line(result.training))
     if result.latency is not None:
@@ -61,6 +80,7 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
     if verbose:
         parts += ["", _plan_table(result)]
         parts += [_family_table(result.sparsified)] if result.sparsified is not None else []
+        parts += [_consumer_table(result.repair)] if result.repair is not None else []
         parts += [_timing_line(result.timing)]
     return "\n".join(parts)
 
@@ -82,7 +102,7 @@ def summary_table(result: Result, *, verbose: bool = False) -> str:
         block = f" (block {result.align})" if result.align > 1 else ""
         rows.append(["Aligned channels", f"{aligned}/{channels}{block}", f"{aligned_after}/{channels_after}", ""])
     rows.append(["Groups pruned", "–", _groups_pruned(result), ""])
-    return _table(["", os.path.basename(before.name), name, "change"], rows, widths=(22, 28, 28, 12))
+    return table(["", os.path.basename(before.name), name, "change"], rows, widths=(22, 28, 28, 12))
 
 
 def verify_line(verification: Verification) -> str:
@@ -90,33 +110,57 @@ def verify_line(verification: Verification) -> str:
     v = verification
     sets = f"{v.input_sets} input set{'s' * (v.input_sets != 1)}"
     outcome = "passed" if v.passed else "FAILED"
-    limit = "" if v.passed else f", tolerance {_power(v.tolerance)}"
+    limit = "" if v.passed else f", tolerance {power(v.tolerance)}"
     line = (
-        f"verify: {outcome} (onnxruntime, {sets}, max relative error {_power(v.max_rel_error)} "
+        f"verify: {outcome} (onnxruntime, {sets}, max relative error {power(v.max_rel_error)} "
         f"against the masked original{limit})"
     )
     return "\n".join([line, *(f"        {note}" for note in v.notes)])
 
 
 def _accuracy_rows(a: Accuracy) -> list[list[str]]:
-    """The metric before and after; right after the surgery too, where the model was trained since."""
+    """The metric before and after; right after the surgery too, where something came after it."""
 
     def shown(value: float) -> str:
         return f"{value:.2%}" if a.is_fraction else f"{value:.4g}"
 
-    change = a.after - a.before
-    lost = f"{change * 100:+.1f} pp" if a.is_fraction else f"{change:+.3g}"
+    gained = a.after - a.before
+    lost = f"{gained * 100:+.1f} pp" if a.is_fraction else f"{gained:+.3g}"
     rows = [["Accuracy", f"{a.metric} {shown(a.before)}", shown(a.after), lost.replace("-", "−")]]
-    if a.pruned is not None:
-        rows.append(["  before training", "", shown(a.pruned), ""])
+    steps = {"  after removal": a.pruned, "  after repair": a.repaired}
+    rows += [[label, "", shown(value), ""] for label, value in steps.items() if value is not None]
     return rows
 
 
 def _method_line(s: Sparsified, training: Training | None) -> str:
     """What a method in training did to the whole network, and that removing its zero units changed nothing."""
     of = f" of {training.steps}" if training is not None else ""
-    proof = "" if s.max_rel_error is None else f", removed at a relative error of {_power(s.max_rel_error)}"
+    proof = "" if s.max_rel_error is None else f", removed at a relative error of {power(s.max_rel_error)}"
     return f"method: {s.method}, {s.steps}{of} steps on the whole network, {s.zero} of {s.units} units zero{proof}"
+
+
+def _repair_line(r: Repair) -> str:
+    """What was solved for, on what, and whether it helped."""
+    changed = sum(c["mode"] != "none" for c in r.consumers)
+    of = changed + sum(c["mode"] == "none" for c in r.consumers) + len(r.left)
+    if not r.samples:
+        return "repair: nothing lies behind the surgery that could be solved for"
+    on = f"{r.samples} samples of {r.data}" if "random" not in r.data else f"{r.samples} {r.data}"
+    judged = f"output error {r.before:.3g} to {r.after:.3g} of the variance on {r.held_out} of them, held out"
+    if r.dropped:
+        return f"repair: {r.mode} was no better and is left out ({on}, {judged})"
+    return f"repair: {r.mode}, {changed} of {of} layers in {r.seconds:.1f} s on {on}\n        {judged}"
+
+
+def _consumer_table(r: Repair) -> str:
+    """A row per layer behind the surgery."""
+    rows = [
+        [cut(c["label"], 36), c["op"], c["mode"], f"{c['before']:.3g}", f"{c['after']:.3g}", str(c["columns"])]
+        for c in r.consumers
+    ]
+    rows += [[cut(c["label"], 36), c["op"], cut(c["reason"], 48), "", "", ""] for c in r.left]
+    head = ["layer", "operator", "repair", "error", "repaired", "inputs"]
+    return table(head, rows, widths=(36, 16, 48, 10, 10, 8), right={3, 4, 5})
 
 
 def _family_table(s: Sparsified) -> str:
@@ -131,7 +175,7 @@ def _family_table(s: Sparsified) -> str:
             f["family"],
             str(f["units"]),
             str(f["left"]),
-            _percent(f["sparsity"]),
+            percent(f["sparsity"]),
             norm(f["smallest_kept"]),
             norm(f["largest_redundant"]),
             *(norm(f["angles"].get(name, float("nan"))) for name in angles),
@@ -139,7 +183,7 @@ def _family_table(s: Sparsified) -> str:
         for f in s.families
     ]
     head = ["group", "units", "left", "zero", "least norm kept", "largest norm gone", *angles]
-    return _table(head, rows, widths=(8, 8, 8, 8, 16, 18, *[16] * len(angles)), right=set(range(1, len(head))))
+    return table(head, rows, widths=(8, 8, 8, 8, 16, 18, *[16] * len(angles)), right=set(range(1, len(head))))
 
 
 def _training_line(t: Training) -> str:
@@ -150,25 +194,23 @@ def _training_line(t: Training) -> str:
     return (
         f"trained: {t.steps} steps in {t.seconds:.0f} s on {t.data}, loss '{t.loss}' {t.first_loss:.3g} to "
         f"{t.last_loss:.3g}{resumed}{inserted}\n"
-        f"        the trained network equals the file in onnxruntime: relative error {_power(error)}"
+        f"        the trained network equals the file in onnxruntime: relative error {power(error)}"
     )
 
 
 def inspect_report(summary: ModelSummary, analysis: Analysis, *, verbose: bool = False) -> str:
     """The model in numbers, what is prunable, the groups and what stands in the way of the rest."""
     s, c = summary, analysis.coverage
-    made = f", made by {_cut(s.producer, 60)}" if s.producer else ""
+    made = f", made by {cut(s.producer, 60)}" if s.producer else ""
     figures = f"{count_text(s.params)} parameters, {count_text(s.macs)} MACs (batch 1), {bytes_text(s.bytes)}"
-    lines = [f"{_cut(os.path.basename(s.name), 40)}: {figures}", f"  opset {s.opset}, IR {s.ir_version}{made}"]
+    lines = [f"{cut(os.path.basename(s.name), 40)}: {figures}", f"  opset {s.opset}, IR {s.ir_version}{made}"]
     for kind, ports in (("IN ", s.inputs), ("OUT", s.outputs)):
-        shown, left = _capped(ports, PORTS, verbose=verbose)
-        lines += [f"  {kind} {_cut(name, 30)}  {dtype} {_cut(shape, 40)}" for name, dtype, shape in shown]
+        shown, left = capped(ports, PORTS, verbose=verbose)
+        lines += [f"  {kind} {cut(name, 30)}  {dtype} {cut(shape, 40)}" for name, dtype, shape in shown]
         lines += [f"  {kind} … and {left} more"] if left else []
     n = len(analysis.groups)
-    exact = (
-        f", {_percent(_share(c.params_exact, c.params_total))} exactly" if c.params_exact < c.params_prunable else ""
-    )
-    lines += ["", f"prunable: {_percent(c.fraction)} of the parameters{exact}, in {n} group{'s' * (n != 1)}"]
+    exact = f", {percent(share(c.params_exact, c.params_total))} exactly" if c.params_exact < c.params_prunable else ""
+    lines += ["", f"prunable: {percent(c.fraction)} of the parameters{exact}, in {n} group{'s' * (n != 1)}"]
     if analysis.groups:
         lines += ["", _group_table(analysis.groups, verbose=verbose)]
     if analysis.barriers:
@@ -185,7 +227,7 @@ def bench_table(names: Sequence[str], bench: Bench) -> str:
         rows.append(
             [
                 name,
-                *(f"{_ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
+                *(f"{ms(t)} ms" for t in (row.min_ms, row.median_ms, row.p90_ms)),
                 str(row.runs),
                 str(row.nchwc_kernels) if row.nchwc_kernels >= 0 else "?",
                 against,
@@ -194,31 +236,7 @@ def bench_table(names: Sequence[str], bench: Bench) -> str:
     head = ["model", "min", "p50", "p90", "runs", "NCHWc", "against the first"]
     turns = ", in turns" if len(rows) > 1 else ""
     note = f"{bench.runtime}, {_threads(bench.threads)}, graph optimisation '{bench.optimisation}'{turns}"
-    return _table(head, rows, widths=(36, 12, 12, 12, 6, 6, 24), right={1, 2, 3, 4, 5}) + f"\n{note}"
-
-
-def count_text(n: float) -> str:
-    """1234567 as `1.23 M`."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit * 0.99995:
-            return f"{_three(n / limit)} {unit}"
-    return f"{n:.0f}"
-
-
-def bytes_text(n: float) -> str:
-    """Bytes as `46.7 MB`, in steps of 1000, as `--target size=5MB` counts them."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= limit * 0.9995:
-            return f"{n / limit:.1f} {unit}"
-    return f"{n:.0f} B"
-
-
-_ASCII = str.maketrans({"−": "-", "–": "-", "×": "x", "…": "~"})
-
-
-def ascii_only(text: str) -> str:
-    """The same text for a terminal that can't show more than ASCII; the layout stays."""
-    return text.translate(_ASCII).encode("ascii", "replace").decode()
+    return table(head, rows, widths=(36, 12, 12, 12, 6, 6, 24), right={1, 2, 3, 4, 5}) + f"\n{note}"
 
 
 def _versions(summary: ModelSummary) -> str:
@@ -233,7 +251,7 @@ def _same(before: str, after: str | None) -> tuple[str, str, str]:
 def _port_rows(kind: str, before: Sequence[Port], after: Sequence[Port] | None, *, verbose: bool) -> list[list[str]]:
     """A row per input or output, the first few where there are many."""
     there = {name: _port(dtype, shape) for name, dtype, shape in after or ()}
-    shown, left = _capped(before, PORTS, verbose=verbose)
+    shown, left = capped(before, PORTS, verbose=verbose)
     rows = [
         [f"{kind} {name}", *_same(_port(dtype, shape), None if after is None else there.get(name, "missing"))]
         for name, dtype, shape in shown
@@ -251,11 +269,11 @@ def _cost_row(result: Result, label: str) -> list[str]:
     text = _params_and_size if metric == "params" else _macs
     before, after, target = result.before, result.after, result.target
     if after is not None:
-        return [label, text(before), text(after), _change(getattr(before, metric), getattr(after, metric))]
+        return [label, text(before), text(after), change(getattr(before, metric), getattr(after, metric))]
     if target.metric != metric:
         return [label, text(before), "–", ""]
     reached = getattr(before, metric) * target.reached
-    return [label, text(before), f"about {count_text(reached)}", _change(1.0, target.reached)]
+    return [label, text(before), f"about {count_text(reached)}", change(1.0, target.reached)]
 
 
 def _params_and_size(summary: ModelSummary) -> str:
@@ -267,13 +285,13 @@ def _macs(summary: ModelSummary) -> str:
 
 
 def _latency_row(latency: Latency) -> list[str]:
-    change = _speedup(latency) if latency.significant else "no change"
-    return [f"Latency, {_threads(latency.threads)}", _spread(latency.before), _spread(latency.after), change]
+    faster = _speedup(latency) if latency.significant else "no change"
+    return [f"Latency, {_threads(latency.threads)}", _spread(latency.before), _spread(latency.after), faster]
 
 
 def _spread(stats: LatencyStats) -> str:
     """`min / p50 / p90 ms`."""
-    return " / ".join(_ms(t) for t in (stats.min_ms, stats.median_ms, stats.p90_ms)) + " ms"
+    return " / ".join(ms(t) for t in (stats.min_ms, stats.median_ms, stats.p90_ms)) + " ms"
 
 
 def _groups_pruned(result: Result) -> str:
@@ -289,8 +307,8 @@ def _target_line(result: Result) -> str:
     t = result.target
     outcome = "met" if t.met else "NOT met"
     return (
-        f"target: {t.spec} {outcome}, {_percent(t.reached)} kept, {_percent(1 - t.reached)} removed "
-        f"(asked for {_percent(t.wanted)} kept)"
+        f"target: {t.spec} {outcome}, {percent(t.reached)} kept, {percent(1 - t.reached)} removed "
+        f"(asked for {percent(t.wanted)} kept)"
     )
 
 
@@ -326,16 +344,16 @@ def _plan_table(result: Result) -> str:
     rows = []
     for group in result.analysis.groups:
         kept = len(result.plan.keep[group.id]) if group.id in result.plan.keep else group.size
-        rows.append([group.id, str(group.size), str(kept), _change(group.size, kept), _first_member(group)])
-    return _table(["group", "units", "kept", "change", "made by"], rows, widths=(8, 8, 8, 10, 60), right={1, 2})
+        rows.append([group.id, str(group.size), str(kept), change(group.size, kept), first_member(group)])
+    return table(["group", "units", "kept", "change", "made by"], rows, widths=(8, 8, 8, 10, 60), right={1, 2})
 
 
 def _group_table(groups: Sequence[Group], *, verbose: bool) -> str:
-    shown, left = _capped(sorted(groups, key=lambda g: -g.params), ROWS, verbose=verbose)
-    rows = [[g.id, str(g.size), count_text(g.params), g.kind, _first_member(g)] for g in shown]
+    shown, left = capped(sorted(groups, key=lambda g: -g.params), ROWS, verbose=verbose)
+    rows = [[g.id, str(g.size), count_text(g.params), g.kind, first_member(g)] for g in shown]
     head = ["group", "units", "params", "kind", "made by"]
-    table = _table(head, rows, widths=(8, 8, 9, 11, 60), right={1, 2})
-    return table + _more(left, "groups") + _reasons(shown)
+    text = table(head, rows, widths=(8, 8, 9, 11, 60), right={1, 2})
+    return text + more(left, "groups") + _reasons(shown)
 
 
 def _reasons(groups: Sequence[Group]) -> str:
@@ -344,7 +362,7 @@ def _reasons(groups: Sequence[Group]) -> str:
     for group in groups:
         if group.reason:
             by_reason.setdefault(group.reason, []).append(group.id)
-    return "".join(f"\n{_list(ids)}: {_one_line(reason)}" for reason, ids in by_reason.items())
+    return "".join(f"\n{_list(ids)}: {one_line(reason)}" for reason, ids in by_reason.items())
 
 
 def _list(ids: Sequence[str]) -> str:
@@ -357,99 +375,20 @@ def _told_apart(paths: Sequence[str]) -> Sequence[str]:
     return names if len(set(names)) == len(names) else paths
 
 
-def _first_member(group: Group) -> str:
+def first_member(group: Group) -> str:
     """The parameter that makes the units, and in how many more they have a slice."""
     made = next((m.initializer for m in group.members if m.zeroed), group.members[0].initializer)
     others = len({m.initializer for m in group.members}) - 1
-    more = f" +{others}" if others else ""
-    return _cut(made, 60 - len(more)) + more
+    beside = f" +{others}" if others else ""
+    return cut(made, 60 - len(beside)) + beside
 
 
 def _barrier_table(analysis: Analysis, *, verbose: bool) -> str:
-    shown, left = _capped(analysis.barriers, ROWS, verbose=verbose)
+    shown, left = capped(analysis.barriers, ROWS, verbose=verbose)
     total = analysis.coverage.params_total
     rows = [
-        [count_text(b.params), _percent(_share(b.params, total)), b.barrier.op_type, b.barrier.node, b.barrier.reason]
+        [count_text(b.params), percent(share(b.params, total)), b.barrier.op_type, b.barrier.node, b.barrier.reason]
         for b in shown
     ]
     head = ["params", "share", "operator", "node", "reason"]
-    return _table(head, rows, widths=(9, 8, 18, 28, 44), right={0, 1}) + _more(left, "reasons")
-
-
-def _more(left: int, what: str) -> str:
-    return f"\n… and {left} more {what}; -v lists all" if left else ""
-
-
-T = TypeVar("T")
-
-
-def _capped(rows: Sequence[T], limit: int, *, verbose: bool) -> tuple[Sequence[T], int]:
-    """The rows to show, and how many are left out. One row too many is shown: a line saying so is no shorter."""
-    if verbose or len(rows) <= limit + 1:
-        return rows, 0
-    return rows[:limit], len(rows) - limit
-
-
-def _table(head: Row, rows: Sequence[Row], *, widths: Sequence[int], right: Collection[int] = ()) -> str:
-    """A framed table. widths: the most that each column may take; right: columns that are aligned to the right."""
-    cells = [[_cut(_one_line(cell), width) for cell, width in zip(row, widths, strict=False)] for row in (head, *rows)]
-    wide = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rule = "+" + "+".join("-" * (w + 2) for w in wide) + "+"
-
-    def line(row: Row, aligned: Collection[int]) -> str:
-        padded = (c.rjust(w) if k in aligned else c.ljust(w) for k, (c, w) in enumerate(zip(row, wide, strict=True)))
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([rule, line(cells[0], ()), rule, *(line(row, right) for row in cells[1:]), rule])
-
-
-def _one_line(text: str) -> str:
-    """Names come from the model's file: no line breaks, no control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _cut(text: str, width: int) -> str:
-    """At most `width` characters; the middle goes, since names differ at both ends."""
-    if len(text) <= width:
-        return text
-    tail = (width - 1) // 2
-    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
-
-
-def _three(x: float) -> str:
-    """Two decimals below 100, one above, as in `11.68` and `512.3`."""
-    return f"{x:.2f}" if x < 99.995 else f"{x:.1f}"
-
-
-def _ms(x: float) -> str:
-    return f"{x:.3f}" if x < 1 else f"{x:.2f}" if x < 100 else f"{x:.0f}"
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _percent(fraction: float) -> str:
-    """`49.8 %`; never `100.0 %` for less than everything, nor `0.0 %` for more than nothing."""
-    shown = round(fraction * 100, 1) + 0.0
-    if shown >= 100 > fraction * 100:
-        shown = 99.9
-    if shown == 0 and fraction > 0:
-        return "<0.1 %"
-    return f"{shown:.1f} %".replace("-", "−")
-
-
-def _change(before: float, after: float) -> str:
-    """`−49.8 %`, or `same`."""
-    if before == after or not before:
-        return "same"
-    share = abs(after - before) / before
-    return "about same" if share < 0.0005 else ("−" if after < before else "+") + _percent(share)
-
-
-def _power(x: float) -> str:
-    """`2.1e-6`, `0` for zero."""
-    if not x:
-        return "0"
-    mantissa, mark, exponent = f"{x:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if mark else mantissa
+    return table(head, rows, widths=(9, 8, 18, 28, 44), right={0, 1}) + more(left, "reasons")

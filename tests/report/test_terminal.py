@@ -14,6 +14,7 @@ from onnxprune.axes.analysis import BarrierCost, Coverage, Group, Member, analys
 from onnxprune.axes.expr import Atom, Barrier
 from onnxprune.model.load import load
 from onnxprune.report import terminal
+from onnxprune.report.text import percent
 from onnxprune.result import (
     Accuracy,
     Latency,
@@ -99,13 +100,16 @@ def test_the_summary_looks_as_promised() -> None:
     )
 
 
-def test_the_metric_has_a_row_before_and_after_training() -> None:
-    table = terminal.summary_table(result(accuracy=Accuracy("top1", True, 0.8690, 0.3120, 0.8512, 0.0178, True)))
-    rows = [line.split("|")[1:5] for line in table.splitlines() if "top1" in line or "before training" in line]
+def test_the_metric_has_a_row_after_each_step() -> None:
+    accuracy = Accuracy("top1", True, 0.8690, 0.3120, 0.8512, 0.0178, True, repaired=0.7010)
+    table = terminal.summary_table(result(accuracy=accuracy))
+    rows = [line.split("|")[1:5] for line in table.splitlines() if "top1" in line or "  after re" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["Accuracy", "top1 86.90%", "85.12%", "−1.8 pp"],
-        ["before training", "", "31.20%", ""],
+        ["after removal", "", "31.20%", ""],
+        ["after repair", "", "70.10%", ""],
     ]
+    assert "after repair" not in terminal.summary_table(result(accuracy=replace(accuracy, repaired=None)))
 
 
 def test_training_is_told_with_its_data_and_its_proof() -> None:
@@ -299,7 +303,7 @@ def test_sizes_are_counted_as_targets_are(n: float, text: str) -> None:
     [(0.0, "0.0 %"), (1.0, "100.0 %"), (0.4999, "50.0 %"), (0.99999, "99.9 %"), (0.00001, "<0.1 %")],
 )
 def test_a_share_is_never_rounded_to_all_or_nothing(fraction: float, text: str) -> None:
-    assert terminal._percent(fraction) == text
+    assert percent(fraction) == text
 
 
 def test_an_ascii_terminal_gets_the_same_layout() -> None:

@@ -1,0 +1,157 @@
+"""`compress --repair`: which repair in closed form, on which inputs, and what is told of it.
+
+Where there is data, the layers behind the surgery are solved for on it. Where there is none, inputs can be drawn at
+random (`--calibrate random`), which is never done unasked: the second moments of noise are not those of data, and a
+model repaired on them may be worse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxprune.data.signature import signature_of
+from onnxprune.errors import NotMirrored, UsageError
+from onnxprune.imports import wants_torch
+from onnxprune.model.graph import Graph, Model
+from onnxprune.request import Request
+from onnxprune.result import Repair
+from onnxprune.verify.inputs import draw
+from onnxprune.verify.runs import feeds_that_run, session
+
+if TYPE_CHECKING:
+    from onnxprune.axes.analysis import Analysis
+    from onnxprune.data.source import Source
+    from onnxprune.select.plan import Plan
+
+__all__ = ["CALIBRATIONS", "REPAIRED_KEY", "REPAIRS", "SAMPLES", "Repairing", "chosen_mode"]
+
+REPAIRED_KEY = "onnxprune.repaired"
+REPAIRS = ("auto", "affine", "ls", "mean", "none")
+CALIBRATIONS = ("random",)
+SAMPLES = 512
+
+
+def chosen_mode(request: Request) -> str:
+    """What 'auto' stands for: 'affine' where there is something to calibrate on and no training has found the units,
+    else 'none'. Raises UsageError where a repair was asked for that can't be."""
+    if request.repair not in REPAIRS:
+        raise UsageError(f"--repair '{request.repair}' is none of {', '.join(REPAIRS)}")
+    if request.calibrate is not None:
+        _check_calibration(request)
+    if request.repair == "none":
+        return "none"
+    inputs = request.data is not None or request.calibrate is not None
+    if request.samples is not None and not inputs:
+        raise UsageError("--samples counts inputs, and there are none", "give them with --data")
+    if request.repair == "auto":
+        return "affine" if inputs and not request.in_training else "none"
+    if request.in_training:
+        raise UsageError(
+            f"--repair {request.repair} finds nothing to repair: what a method in training removes is zero",
+            "leave it away, or take --method oneshot",
+        )
+    if not inputs:
+        raise UsageError(
+            f"--repair {request.repair} wants inputs", "give some with --data, or let them be drawn: --calibrate random"
+        )
+    return request.repair
+
+
+def _check_calibration(request: Request) -> None:
+    if request.calibrate not in CALIBRATIONS:
+        raise UsageError(f"--calibrate '{request.calibrate}' is none of {', '.join(CALIBRATIONS)}")
+    if request.data is not None:
+        raise UsageError("--calibrate is for where there is no data", "leave it or --data away")
+    if request.repair == "none" or request.in_training:
+        raise UsageError("--calibrate is about repair, which is not asked for", "leave it away")
+
+
+@dataclass(frozen=True, eq=False)
+class Repairing:
+    """A repair that was asked for, checked against the model before any long work.
+
+    source: inputs; None to draw them at random.
+    """
+
+    mode: str
+    source: Source | None
+    samples: int
+    seed: int
+    shapes: Mapping[str, Sequence[int]] | None = None
+
+    @classmethod
+    def prepared(cls, graph: Graph, request: Request, source: Source | None, *, mirrored: bool) -> Repairing | None:
+        """None where there is nothing to do. mirrored: that the model can be is known already.
+
+        Raises UsageError, NotMirrored.
+        """
+        mode = chosen_mode(request)
+        if mode == "none":
+            return None
+        if not mirrored:
+            with wants_torch("repair", "--repair none prunes without it"):
+                from onnxprune.mirroring import mirror
+            try:
+                mirror(graph, registry=request.registry)
+            except NotMirrored as error:
+                error.hint = "--repair none prunes it without repair"
+                raise
+        return cls(mode, source, request.samples or SAMPLES, request.seed, request.input_shapes)
+
+    def about(self) -> dict[str, Any]:
+        """What a training that comes after it depends on."""
+        return {"repair": self.mode, "repair samples": self.samples}
+
+    def run(self, analysis: Analysis, plan: Plan, original: Path) -> tuple[Model | None, Repair]:
+        """Solve. Gives the repaired model, marked as such, None where the pruned one is best left as it is.
+
+        original: the analysed model as a file.
+        """
+        from onnxprune.reconstruct import repair
+
+        found = repair(
+            analysis, plan, self.inputs(analysis.graph, original), mode=self.mode, samples=self.samples, seed=self.seed
+        )
+        report = Repair(
+            mode=self.mode,
+            data="inputs drawn at random" if self.source is None else self.source.description,
+            samples=found.samples,
+            held_out=found.held_out,
+            before=found.before,
+            after=found.after,
+            dropped=found.dropped,
+            consumers=tuple(asdict(c) for c in found.consumers),
+            left=tuple(asdict(left) for left in found.left),
+            steps=found.steps,
+            seconds=found.seconds,
+            peak_bytes=found.peak_bytes,
+            spilled_bytes=found.spilled_bytes,
+        )
+        if found.dropped or all(c.mode == "none" for c in found.consumers):
+            return None, report
+        entry = found.model.proto.metadata_props.add(key=REPAIRED_KEY)
+        entry.value = json.dumps({"mode": self.mode, "samples": found.samples})
+        return found.model, report
+
+    def inputs(self, graph: Graph, original: Path) -> Source | Iterable[Mapping[str, np.ndarray]]:
+        """Batches that the file takes, which may be smaller ones than training takes."""
+        if self.source is None:
+            return self.drawn(graph, original)
+        fixed = signature_of(graph).batch
+        if fixed is None:
+            return self.source
+        return (b.inputs for b in self.source.batches(fixed, seed=self.seed, shuffle=True, drop_last=True))
+
+    def drawn(self, graph: Graph, original: Path) -> Iterator[dict[str, np.ndarray]]:
+        """Random inputs of the types and ranges that the model declares, at sizes that it was seen to run on."""
+        feeds, _ = feeds_that_run(graph, session(original), self.seed, self.shapes)
+        shapes = {name: np.shape(array) for name, array in feeds[0].items()}
+        rng = np.random.default_rng(self.seed)
+        while True:
+            yield draw(graph, {}, rng, shapes)

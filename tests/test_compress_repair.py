@@ -1,0 +1,163 @@
+"""`compress` with data and no training: what is left is repaired in closed form, and a sweep shares the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from click.testing import Result as Run
+from onnx import helper
+
+import onnxprune
+from onnxprune import cli
+from onnxprune.errors import NotMirrored, UsageError
+from onnxprune.repairs import REPAIRED_KEY
+from onnxprune.report.document import compress_document
+from onnxprune.result import Result
+from onnxprune.train.settings import TrainSettings
+from tests.report.test_document import valid
+
+MODELS = Path(__file__).parent.parent / "models"
+MNIST = MODELS / "transformer_mnist_rows.onnx"
+FEW = 96
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def images(begin: int, end: int) -> dict[str, np.ndarray]:
+    with np.load(MODELS / "mnist_sample.npz") as stored:
+        return {"rows": stored["image_u8"][begin:end].astype(np.float32) / np.float32(255)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few images, no labels."""
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(path, **images(0, FEW))
+    return path
+
+
+def compress(output: Path | None = None, **more: Any) -> Result:
+    recipe = onnxprune.Recipe(eval_data=images(500, 800))
+    given = {"target": "macs=0.6", "evaluate": "agreement", "recipe": recipe} | more
+    return onnxprune.compress(MNIST, output, **given)
+
+
+@pytest.fixture(scope="module")
+def repaired(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    torch.set_num_threads(1)
+    return compress(tmp_path_factory.mktemp("out") / "small.onnx", data=str(data))
+
+
+def run(*args: object) -> Run:
+    return CliRunner().invoke(cli.main, [str(a) for a in args], prog_name="onnxprune")
+
+
+def test_data_alone_repairs_and_trains_nothing(repaired: Result) -> None:
+    accuracy, repair = repaired.accuracy, repaired.repair
+    assert repaired.training is None and accuracy is not None and repair is not None
+    assert accuracy.pruned is not None and accuracy.repaired is None
+    assert accuracy.pruned < 0.9 < accuracy.after  # agreement with the original on images that nothing has seen
+    assert (repair.mode, repair.samples, repair.dropped) == ("affine", FEW, False)
+    assert repair.after < 0.5 * repair.before and 0 < repair.held_out < FEW
+    assert any(c["mode"] == "affine" and c["after"] < c["before"] for c in repair.consumers)
+
+
+def test_without_repair_the_plan_is_the_same(repaired: Result, data: Path) -> None:
+    plain = compress(data=str(data), repair="none")
+    assert plain.repair is None and plain.accuracy is not None and repaired.accuracy is not None
+    assert plain.accuracy.after == repaired.accuracy.pruned
+    assert all(np.array_equal(plain.plan.keep[g], kept) for g, kept in repaired.plan.keep.items())
+
+
+def test_the_written_file_can_be_verified(repaired: Result, tmp_path: Path) -> None:
+    assert repaired.output is not None
+    found = run("verify", MNIST, repaired.output)
+    assert found.exit_code == 0 and "repaired: weights not compared" in found.stdout
+    model = onnx.load(repaired.output)
+    mark = json.loads(next(p.value for p in model.metadata_props if p.key == REPAIRED_KEY))
+    assert mark == {"mode": "affine", "samples": FEW}
+    model.graph.node.append(helper.make_node("Identity", [model.graph.output[0].name], ["more"]))
+    onnx.save(model, tmp_path / "other.onnx")
+    assert run("verify", MNIST, tmp_path / "other.onnx").exit_code == 5
+
+
+def test_the_document_is_described_by_the_schema(repaired: Result) -> None:
+    from onnxprune.report.document import to_json
+
+    read = valid(to_json(compress_document(repaired)))
+    assert read["repair"]["samples"] == FEW and read["training"] is None
+
+
+def test_the_report_tells_of_the_repair(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.onnx"
+    done = run("compress", MNIST, out, "--target", "macs=0.6", "--data", data, "--samples", 64, "--no-latency", "-v")
+    assert done.exit_code == 0, done.output
+    assert "repair: affine, " in done.stdout and "on 64 samples of few.npz" in done.stdout
+    assert "trained:" not in done.stdout and "| repaired |" in done.stdout
+
+
+def test_training_begins_at_the_repaired_weights(tiny_cnn: Path) -> None:
+    rng = np.random.default_rng(0)
+    given = {"image": rng.standard_normal((48, 3, 16, 16)).astype(np.float32)}
+    how: dict[str, Any] = {"target": "macs=0.5", "data": given, "evaluate": "agreement"}
+    how["train"] = TrainSettings(steps=2, batch=8, lr=1e-9)
+    found = onnxprune.compress(tiny_cnn, **how)
+    assert found.repair is not None and found.training is not None and found.accuracy is not None
+    assert found.accuracy.repaired == found.accuracy.after >= (found.accuracy.pruned or 0)
+    plain = onnxprune.compress(tiny_cnn, **how, repair="none")
+    assert plain.training is not None and plain.training.first_loss > 2 * found.training.first_loss
+
+
+def test_random_inputs_are_used_when_asked_for_and_named(tiny_cnn: Path) -> None:
+    assert onnxprune.compress(tiny_cnn, target="macs=0.5").repair is None
+    found = onnxprune.compress(tiny_cnn, target="macs=0.5", calibrate="random", samples=40).repair
+    assert found is not None and found.data == "inputs drawn at random" and found.samples == 40
+    assert found.after < found.before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repair": "best"}, "none of auto, affine"),
+        ({"repair": "affine"}, "wants inputs"),
+        ({"samples": 5}, "--samples counts inputs"),
+        ({"calibrate": "noise"}, "none of random"),
+        ({"calibrate": "random", "data": "DATA"}, "where there is no data"),
+        ({"calibrate": "random", "repair": "none"}, "about repair"),
+        ({"method": "imp", "data": "DATA", "repair": "affine"}, "nothing to repair"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(data: Path, options: dict[str, Any], message: str) -> None:
+    given = {k: str(data) if v == "DATA" else v for k, v in options.items()}
+    with pytest.raises(UsageError, match=message):
+        onnxprune.compress(MNIST, target="macs=0.6", **given)
+
+
+def test_a_model_without_a_form_in_torch_is_pruned_without_repair(tmp_path: Path) -> None:
+    from tests.graphs import from_text
+
+    proto = from_text(
+        """(float[N,6] x) => (float[N,4] y) { a = Gemm<transB=1>(x, w1) r = Relu(a) y = Gemm<transB=1>(r, w2)
+        s = StringNormalizer(t) }""",
+        w1=(32, 6),
+        w2=(4, 32),
+        t=np.array(["a"], object),
+    )
+    given = {"x": np.random.default_rng(0).standard_normal((20, 6)).astype(np.float32)}
+    with pytest.raises(NotMirrored) as refused:
+        onnxprune.compress(proto, target="macs=0.5", data=given)
+    assert refused.value.hint == "--repair none prunes it without repair"
+    assert onnxprune.compress(proto, target="macs=0.5", data=given, repair="none").after is not None
