@@ -229,10 +229,14 @@ class Trial:
             entry.speedup = result.against_first(k).speedup
 
 
-def best(entries: list[Entry]) -> list[Entry]:
-    """Of the rival's networks the best without and the best with recovery; and what failed."""
+def best(entries: list[Entry], kept: float) -> list[Entry]:
+    """Of the rival's networks of these MACs the best without and the best with recovery; and what failed."""
     failed = [e for e in entries if e.file is None]
-    groups = ([e for e in entries if e.file and ("," in e.how) == recovered] for recovered in (False, True))
+    small = [e for e in entries if e.file and abs(e.kept - kept) <= NEAR]
+    failed += [
+        Entry(e.who, f"{e.how}: {e.kept:.3f} of the MACs, not {kept:.3f}") for e in entries if e.file and e not in small
+    ]
+    groups = ([e for e in small if ("," in e.how) == recovered] for recovered in (False, True))
     return [max(g, key=lambda e: e.top1) for g in groups if g] + failed
 
 
@@ -250,7 +254,7 @@ def accuracy(options: argparse.Namespace, rival: Rival, folder: Path) -> dict[st
             ratio, kept = trial.ratio_for(rival, form, target) if least < trial.macs else (0.0, 1.0)
             reached = abs(kept - target) <= NEAR
             entries = list(trial.theirs(rival, form, ratio)) if reached else []
-            shown = best(entries) if reached else [Entry("onnxsim", f"can't: {kept:.3f} is nearest")]
+            shown = best(entries, kept) if reached else [Entry("onnxsim", f"can't: {kept:.3f} is nearest")]
             shown += trial.ours(kept if reached else target)
             trial.timed(shown)
             document[model.stem]["targets"][str(target)] = [as_json(e) for e in (*entries, *shown)]
