@@ -208,11 +208,11 @@ def _parse_options(ctx: click.Context, param: click.Parameter, values: tuple[str
     return found
 
 
-def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str:
+def _one_target(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> str | None:
     """Of two targets the last would silently win."""
     if len(value) > 1:
-        raise click.BadParameter("give one target", ctx, param)
-    return value[0]
+        raise click.BadParameter("give one target, or several as --sweep macs=0.9,0.5", ctx, param)
+    return value[0] if value else None
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -269,12 +269,17 @@ def main() -> None:
 @click.argument("out", required=False)
 @_option(
     "--target",
-    required=True,
     multiple=True,
     callback=_one_target,
     metavar="KEY=VALUE",
     help="What is to remain: macs=0.5, params=40%, size=5MB, macs=1.2G, channels=0.5, latency=0.6 or latency=12ms "
     "(measured here in onnxruntime, with --threads).",
+)
+@_option(
+    "--sweep",
+    metavar="KEY=VALUE,...",
+    help="Several targets instead, such as macs=0.9,0.7,0.5: a model for each (OUT is a folder, or their common name), "
+    "and the curve.",
 )
 @_option(
     "--method",
@@ -356,14 +361,25 @@ def compress(
     quiet: bool,
     no_latency: bool,
     input_shapes: Shapes,
+    target: str | None,
+    sweep: str | None,
     **options: Any,
 ) -> None:
     """Prune MODEL to a target and write it to OUT (<stem>.pruned.onnx beside the model by default).
 
-    With --data the pruned model is trained on it, by default to give what the original gives. Other methods than
-    oneshot train the whole model first, until the units that are to go are zero.
+    With --data what is left is repaired: its weights are solved for to give what the original gives. With --steps,
+    --epochs or --time-budget it is then trained. Other methods than oneshot train the whole model first, until the
+    units that are to go are zero.
     """
     path = Path(model)
+    if sweep is not None and target is None:
+        output = Path(out) if out is not None else path
+        _check_json(json_to, path, output)
+        how = {"latency": not no_latency, "input_shapes": input_shapes or None}
+        _sweep(model, output, sweep, json_to=json_to, quiet=quiet, **how, **options)
+        return
+    if target is None or sweep is not None:
+        raise click.UsageError("give a --target, or a --sweep over several")
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
     _check_json(json_to, path, output)
     from onnxprune import pipeline
@@ -378,6 +394,7 @@ def compress(
         result = pipeline.compress(
             model,
             None if options["dry_run"] else output,
+            target=target,
             latency=not no_latency,
             input_shapes=input_shapes or None,
             progress=progress,
@@ -389,6 +406,42 @@ def compress(
     )
     for warning in result.warnings:
         _say(f"warning: {warning}", err=True)
+
+
+def _sweep(
+    model: str,
+    output: Path,
+    text: str,
+    *,
+    json_to: str | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """One model per target; ends with the exit code of what went wrong."""
+    from onnxprune.accuracy import is_first_process
+    from onnxprune.report.sweep import sweep_document, sweep_table
+    from onnxprune.sweep import sweep, targets_of
+
+    options |= training_arguments(options, seed=options["seed"])
+    if not is_first_process():
+        json_to, quiet = None, True
+    with _Progress(quiet=quiet) as progress, _terminable():
+        found = sweep(
+            model,
+            output,
+            targets=targets_of(text),
+            progress=progress,
+            on_step=progress.step,
+            **options,
+        )
+    _deliver(json_to, lambda: sweep_document(found), lambda: sweep_table(found), quiet=quiet)
+    for point in found.points:
+        for warning in () if point.result is None else point.result.warnings:
+            _say(f"warning: {point.target}: {warning}", err=True)
+        if point.error is not None:
+            _say(f"error: {point.target}: {point.error}", err=True)
+    if found.exit_code:
+        raise click.exceptions.Exit(found.exit_code)
 
 
 @main.command()

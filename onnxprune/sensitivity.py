@@ -72,6 +72,7 @@ class Sensitivity:
         """As JSON has it."""
         return {
             "schema": SCHEMA,
+            "command": "sensitivity",
             **{k: v for k, v in asdict(self).items() if k not in ("curves", "scores")},
             "groups": [
                 {"id": gid, **asdict(curve), "scores": np.asarray(self.scores[gid]).tolist()}
@@ -93,7 +94,7 @@ class Sensitivity:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             groups = {g.pop("id"): g for g in held.pop("groups")}
-            known = held.pop("schema") == SCHEMA
+            known = held.pop("schema") == SCHEMA and held.pop("command", "sensitivity") == "sensitivity"
             curves = {k: Curve(*(tuple(g[n]) for n in ("removed", "loss", "metric"))) for k, g in groups.items()}
             ranked = {k: np.array(g["scores"], np.float64) for k, g in groups.items()}
             found = cls(**held, curves=curves, scores=ranked)

@@ -36,6 +36,12 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def inputs() -> dict[str, np.ndarray]:
+    """For the small convolutional network."""
+    return {"image": np.random.default_rng(0).standard_normal((48, 3, 16, 16)).astype(np.float32)}
+
+
 def images(begin: int, end: int) -> dict[str, np.ndarray]:
     with np.load(MODELS / "mnist_sample.npz") as stored:
         return {"rows": stored["image_u8"][begin:end].astype(np.float32) / np.float32(255)}
@@ -109,10 +115,8 @@ def test_the_report_tells_of_the_repair(data: Path, tmp_path: Path) -> None:
     assert "trained:" not in done.stdout and "| repaired |" in done.stdout
 
 
-def test_training_begins_at_the_repaired_weights(tiny_cnn: Path) -> None:
-    rng = np.random.default_rng(0)
-    given = {"image": rng.standard_normal((48, 3, 16, 16)).astype(np.float32)}
-    how: dict[str, Any] = {"target": "macs=0.5", "data": given, "evaluate": "agreement"}
+def test_training_begins_at_the_repaired_weights(tiny_cnn: Path, inputs: dict[str, np.ndarray]) -> None:
+    how: dict[str, Any] = {"target": "macs=0.5", "data": inputs, "evaluate": "agreement"}
     how["train"] = TrainSettings(steps=2, batch=8, lr=1e-9)
     found = onnxprune.compress(tiny_cnn, **how)
     assert found.repair is not None and found.training is not None and found.accuracy is not None
@@ -161,3 +165,66 @@ def test_a_model_without_a_form_in_torch_is_pruned_without_repair(tmp_path: Path
         onnxprune.compress(proto, target="macs=0.5", data=given)
     assert refused.value.hint == "--repair none prunes it without repair"
     assert onnxprune.compress(proto, target="macs=0.5", data=given, repair="none").after is not None
+
+
+# a sweep
+
+
+def test_a_sweep_writes_a_model_per_target_and_goes_on_after_an_error(
+    tiny_cnn: Path, tmp_path: Path, inputs: dict[str, np.ndarray]
+) -> None:
+    np.savez(tmp_path / "data.npz", **inputs)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    how = ("--data", tmp_path / "data.npz", "--eval", "agreement", "--no-latency", "--json", tmp_path / "curve.json")
+    done = run("compress", tiny_cnn, folder, "--sweep", "macs=0.7,0.0001,0.5", *how)
+    assert done.exit_code == 4, done.output
+    assert {p.name for p in folder.glob("*.onnx")} == {"tiny.macs0.7.onnx", "tiny.macs0.5.onnx"}
+    assert "error: macs=0.0001: target macs=0.0001 can't be reached" in done.stderr
+    read = valid((tmp_path / "curve.json").read_text())
+    assert [p["target"] for p in read["points"]] == ["macs=0.7", "macs=0.0001", "macs=0.5"]
+    larger, failed, smaller = read["points"]
+    assert failed["result"] is None and failed["error"]["exit_code"] == 4
+    assert larger["result"]["after"]["macs"] > smaller["result"]["after"]["macs"]
+    assert read["picture"] is not None or "matplotlib" in done.stdout
+    alone = tmp_path / "alone.onnx"
+    given = ("--target", "macs=0.5", "--data", tmp_path / "data.npz", "--no-latency")
+    assert run("compress", tiny_cnn, alone, *given).exit_code == 0
+    assert alone.read_bytes() == (folder / "tiny.macs0.5.onnx").read_bytes()
+
+
+def test_points_stand_beside_the_named_file(tiny_cnn: Path, tmp_path: Path) -> None:
+    done = run("compress", tiny_cnn, tmp_path / "small.onnx", "--sweep", "params=80%,50%", "--no-latency")
+    assert done.exit_code == 0, done.output
+    names = {p.name for p in tmp_path.glob("*.onnx")}
+    assert names == {"tiny.onnx", "small.params80pct.onnx", "small.params50pct.onnx"}
+    again = run("compress", tiny_cnn, tmp_path / "small.onnx", "--sweep", "params=50%", "--no-latency")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "give a --target, or a --sweep"),
+        (("--target", "macs=0.5", "--sweep", "macs=0.5"), "give a --target, or a --sweep"),
+        (("--sweep", "macs=0.5,0.5"), "is no sweep"),
+        (("--sweep", "macs"), "is no sweep"),
+        (("--sweep", "speed=1,2"), "speed"),
+    ],
+)
+def test_sweeps_that_make_no_sense(tiny_cnn: Path, options: tuple[str, ...], message: str) -> None:
+    done = run("compress", tiny_cnn, *options)
+    assert done.exit_code == 2 and message in done.stderr
+    assert [p.name for p in tiny_cnn.parent.iterdir()] == ["tiny.onnx"]
+
+
+def test_a_sweep_takes_what_compress_takes() -> None:
+    import inspect
+    from dataclasses import fields
+
+    from onnxprune.request import Request
+
+    taken = inspect.signature(onnxprune.compress).parameters
+    assert {f.name for f in fields(Request)} == set(taken) - {"model", "output", "target"}
+    default = Request()
+    assert all(taken[f.name].default == getattr(default, f.name) for f in fields(Request))

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from onnxprune.result import Latency, LatencyStats, ModelSummary, Result, Verification
     from onnxprune.verify.latency import Bench
 
-__all__ = ["SCHEMA", "bench_document", "compress_document", "inspect_document", "to_json", "verify_document"]
+__all__ = [
+    "SCHEMA",
+    "bench_document",
+    "compress_document",
+    "head",
+    "inspect_document",
+    "model_document",
+    "to_json",
+    "verify_document",
+]
 
 SCHEMA = 1
 
@@ -27,8 +36,8 @@ Document = dict[str, Any]
 def inspect_document(summary: ModelSummary, analysis: Analysis, *, timing: Mapping[str, float]) -> Document:
     """The model, how much of it is prunable, every group and every barrier."""
     return {
-        **_head("inspect"),
-        "model": _model(summary),
+        **head("inspect"),
+        "model": model_document(summary),
         "coverage": _coverage(analysis),
         "groups": [_group(group) for group in analysis.groups],
         "barriers": [
@@ -43,9 +52,9 @@ def compress_document(result: Result) -> Document:
     """The outcome of `compress`; parts that there are none of, such as `latency` or `training`, are null."""
     target, plan = result.target, result.plan.keep
     return {
-        **_head("compress"),
-        "before": _model(result.before),
-        "after": _model(result.after) if result.after is not None else None,
+        **head("compress"),
+        "before": model_document(result.before),
+        "after": model_document(result.after) if result.after is not None else None,
         "target": {
             "metric": target.metric,
             "spec": target.spec,
@@ -72,7 +81,7 @@ def compress_document(result: Result) -> Document:
 
 def verify_document(original: str, pruned: str, verification: Verification) -> Document:
     """The proof of a pruned model against its original."""
-    return {**_head("verify"), "original": original, "pruned": pruned, "verification": _verification(verification)}
+    return {**head("verify"), "original": original, "pruned": pruned, "verification": _verification(verification)}
 
 
 def bench_document(names: Sequence[str], bench: Bench) -> Document:
@@ -85,7 +94,7 @@ def bench_document(names: Sequence[str], bench: Bench) -> Document:
             against = {"speedup": latency.speedup, "significant": latency.significant}
         rows.append({"model": name, **_stats(row), "against_first": against})
     return {
-        **_head("bench"),
+        **head("bench"),
         "threads": bench.threads,
         "optimisation": bench.optimisation,
         "runtime": bench.runtime,
@@ -98,11 +107,13 @@ def to_json(document: Document) -> str:
     return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _head(command: str) -> Document:
+def head(command: str) -> Document:
+    """What every document begins with."""
     return {"schema": SCHEMA, "command": command}
 
 
-def _model(summary: ModelSummary) -> Document:
+def model_document(summary: ModelSummary) -> Document:
+    """A model in numbers."""
     ports = {
         kind: [{"name": name, "type": dtype, "shape": shape} for name, dtype, shape in found]
         for kind, found in (("inputs", summary.inputs), ("outputs", summary.outputs))

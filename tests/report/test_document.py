@@ -163,3 +163,22 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 def test_names_outside_ascii_stay_readable() -> None:
     assert "größe" in document.to_json({"name": "größe"})
+
+
+def test_sensitivity() -> None:
+    from onnxprune.sensitivity import Curve, Sensitivity
+
+    curves = {"g0": Curve((0, 2, 4), (0.0, 0.5, float("inf")), (1.0, 0.9, 0.1))}
+    found = Sensitivity(
+        "digest", "obs", "agreement", True, 1.0, 64, 2.5, curves, {"g0": np.array([0.1, 0.2, 0.3, 0.4])}
+    )
+    read = valid(document.to_json(found.document()))
+    assert read["groups"] == [
+        {
+            "id": "g0",
+            "removed": [0, 2, 4],
+            "loss": [0, 0.5, None],
+            "metric": [1, 0.9, 0.1],
+            "scores": [0.1, 0.2, 0.3, 0.4],
+        }
+    ]
