@@ -92,6 +92,7 @@ def compressed(
         method_options=dict(arm.method_options),
         data=source,
         train=settings,
+        repair="none",  # the papers train what is left as it is
         recipe=onnxprune.Recipe(loss=loss),
         seed=seed,
         force=True,

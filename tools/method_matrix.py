@@ -64,9 +64,8 @@ def tried(
     with tempfile.TemporaryDirectory(prefix="method-matrix-") as folder:
         out = Path(folder) / "small.onnx"
         try:
-            found = onnxprune.compress(
-                path, out, target=given.target, method=method, data=data, train=settings, deploy="none"
-            )
+            how: dict[str, Any] = {"data": data, "train": settings, "repair": "none", "deploy": "none"}
+            found = onnxprune.compress(path, out, target=given.target, method=method, **how)
             assert found.training is not None and found.verification is not None
             row |= {"kept": found.target.reached, "met": found.target.met, "masked": found.verification.max_rel_error}
             if found.sparsified is not None:

@@ -23,7 +23,7 @@ def sweep_table(found: Sweep) -> str:
     rows = [first, *(_row(p, before.macs) for p in found.points)]
     named = judged.metric if judged is not None else "metric"
     titles = ["target", "MACs", "change", "params", "size", named, "output error", "written"]
-    text = table(titles, rows, widths=(16, 10, 10, 10, 10, 12, 16, 44), right={1, 2, 3, 4, 5})
+    text = table(titles, rows, widths=(16, 10, 10, 10, 10, 12, 20, 44), right={1, 2, 3, 4, 5})
     lines = [text]
     lines += [
         f"{p.target}: {p.error}" + (f" ({p.error.hint})" if p.error.hint else "") for p in found.points if p.error
