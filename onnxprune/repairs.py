@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +115,15 @@ class Repairing:
         original: the analysed model as a file.
         """
         from onnxprune.reconstruct import repair
+        from onnxprune.train.batching import Unfitting, fitting
 
-        found = repair(
-            analysis, plan, self.inputs(analysis.graph, original), mode=self.mode, samples=self.samples, seed=self.seed
-        )
+        solve = partial(repair, analysis, plan, mode=self.mode, samples=self.samples, seed=self.seed)
+        try:
+            with fitting():
+                found = solve(self.inputs(analysis.graph, original))
+        except Unfitting:  # it declares any batch, and takes one sample
+            with fitting(1):
+                found = solve(self.inputs(analysis.graph, original), batch=1)
         report = Repair(
             mode=self.mode,
             data="inputs drawn at random" if self.source is None else self.source.description,

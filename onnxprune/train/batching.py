@@ -7,7 +7,8 @@ after the other and together, and every output that can be learnt from has to be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,17 +16,38 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from onnxprune.data.signature import Signature
+from onnxprune.errors import DataError
 from onnxprune.model.graph import Graph
 from onnxprune.model.outputs import output_kinds
 from onnxprune.verify.compare import difference
 from onnxprune.verify.inputs import SPREADS, draw
 
-__all__ = ["free_batch"]
+__all__ = ["Unfitting", "fitting", "free_batch"]
 
 TRIES = 3  # pairs of feeds; some models give the same for most inputs
 TOLERANCE = 1e-4  # relative; sums are taken in another order
 
 Feed = Mapping[str, np.ndarray]
+
+
+class Unfitting(DataError):
+    """A model can't be computed on so many samples at once."""
+
+
+@contextmanager
+def fitting(samples: int | None = None) -> Iterator[None]:
+    """What torch says of shapes that don't fit, as an error of ours: some files declare any batch and take one sample.
+    samples: how many are computed at once, where that is known."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        many = "several samples" if samples is None else "a sample" if samples == 1 else f"{samples} samples"
+        raise Unfitting(
+            f"the model can't be computed on {many} at once: {str(error).splitlines()[0]}",
+            "--batch-size 1, where it takes one sample whatever it declares",
+        ) from error
 
 
 def free_batch(mirror: GraphModule, graph: Graph, signature: Signature, *, doubt: bool = False, seed: int = 0) -> bool:

@@ -34,7 +34,7 @@ from onnxprune.ops.registry import Operator
 from onnxprune.result import Training
 from onnxprune.rewrite.weights import with_weights
 from onnxprune.select.plan import Plan
-from onnxprune.train.batching import free_batch
+from onnxprune.train.batching import fitting, free_batch
 from onnxprune.train.checkpoint import RunDir
 from onnxprune.train.hooks import Hooks
 from onnxprune.train.log import Row
@@ -249,9 +249,11 @@ class Recovery:
         if self.rebn is False or (self.rebn is None and has_normalisation(student)):
             return 0
         if left is None:
-            return rebn(student, channel_moments(student, self.calibration(student)))
+            with fitting(forward):
+                return rebn(student, channel_moments(student, self.calibration(student)))
         if self._moments is None:
-            self._moments = channel_moments(self.whole, self.calibration(student))
+            with fitting(forward):
+                self._moments = channel_moments(self.whole, self.calibration(student))
         names = {target: path[-1] for target, path in self.whole.meta["parameters"].items()}
         moments = {}
         for target, (mean, variance) in self._moments.items():

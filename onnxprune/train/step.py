@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onnxprune.errors import ModelRejected, UsageError
+from onnxprune.train.batching import fitting
 from onnxprune.train.device import Upload, arithmetic
 from onnxprune.train.distributed import GradientSum, Team
 from onnxprune.train.feed import HostBatch
@@ -122,7 +123,7 @@ class Stepper:
         return self._outputs(self._teach, self._upload(batch), learn=False)
 
     def _outputs(self, module: Callable[..., Any], batch: HostBatch, *, learn: bool) -> dict[str, Tensor]:
-        with torch.set_grad_enabled(learn), self._autocast():
+        with torch.set_grad_enabled(learn), self._autocast(), fitting(batch.samples):
             found = module(*[batch.inputs[name] for name in self.input_names])
         outputs = (found,) if isinstance(found, Tensor) else tuple(found)
         return dict(zip(self.output_names, outputs, strict=True))
