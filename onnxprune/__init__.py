@@ -26,7 +26,7 @@ from onnxprune.model.graph import Graph, Model
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS, Operator, Registry
 from onnxprune.pipeline import Inspection, analyse, compress, inspect, mirror, verify
-from onnxprune.result import Accuracy, Result, Sparsified, Training, Verification
+from onnxprune.result import Accuracy, Repair, Result, Sparsified, Training, Verification
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.choose import choose
 from onnxprune.select.plan import Plan
@@ -53,6 +53,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Registry",
+    "Repair",
     "Result",
     "Sparsified",
     "TargetNotReached",

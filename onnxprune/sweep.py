@@ -1,6 +1,6 @@
 """`compress --sweep`: one model per target, and the curve through them.
 
-A thin layer over the stages of `pipeline`: loading, analysis, scores and calibration are shared, each point goes its
+A thin layer over the stages of `compress`: loading, analysis, scores and calibration are shared, each point goes its
 own way from there, and what goes wrong at one of them does not stop the others.
 """
 
@@ -20,9 +20,9 @@ from onnxprune.accuracy import is_first_process
 from onnxprune.clock import Clock
 from onnxprune.errors import OnnxPruneError, TargetNotReached, UsageError
 from onnxprune.output import free
-from onnxprune.pipeline import Point, Prepared, goal_of
 from onnxprune.request import Request
 from onnxprune.result import ModelSummary, Result
+from onnxprune.stages import Point, Prepared, goal_of
 
 __all__ = ["Sweep", "SweepPoint", "output_of", "sweep", "targets_of"]
 

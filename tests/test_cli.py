@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxprune
-from onnxprune import cli, output, pipeline
+from onnxprune import cli, output, pipeline, stages
 from onnxprune.accuracy import Recipe
 from onnxprune.errors import VerificationFailed
 
@@ -253,7 +253,7 @@ def test_an_existing_output_is_kept_without_force(
     out = tmp_path / "out.onnx"
     out.write_text("kept")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "open_model", reached)
+        patch.setattr(stages, "open_model", reached)
         failed(run("compress", tiny_cnn, out, *QUICK), 2, "exists", "--force")
     assert out.read_text() == "kept"
     assert run("compress", tiny_cnn, out, *QUICK, "--force").exit_code == 0
@@ -270,7 +270,7 @@ def test_the_model_is_never_its_own_output(tiny_cnn: Path) -> None:
 def test_a_folder_that_is_none_is_seen_before_the_work(
     tiny_cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
 ) -> None:
-    monkeypatch.setattr(pipeline, "open_model", reached)
+    monkeypatch.setattr(stages, "open_model", reached)
     failed(run("compress", tiny_cnn, tmp_path / out, *QUICK), 2)
 
 
@@ -285,7 +285,7 @@ def test_a_read_only_folder_is_seen_before_the_work(
     folder.mkdir(mode=0o555)
     if os.geteuid() == 0:  # who may write anywhere
         monkeypatch.setattr(output, "TemporaryFile", refused)
-    monkeypatch.setattr(pipeline, "open_model", reached)
+    monkeypatch.setattr(stages, "open_model", reached)
     failed(run("compress", tiny_cnn, folder / "out.onnx", *QUICK), 2, "locked")
 
 
@@ -295,7 +295,7 @@ def test_json_never_replaces_a_model_and_must_be_writable(
     tiny_cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, target: str
 ) -> None:
     before = tiny_cnn.read_bytes()
-    monkeypatch.setattr(pipeline, "open_model", reached)
+    monkeypatch.setattr(stages, "open_model", reached)
     failed(run(command, tiny_cnn, *(QUICK if command == "compress" else ()), "--json", tmp_path / target), 2)
     assert tiny_cnn.read_bytes() == before
     assert not (tmp_path / "other.onnx").exists()
@@ -413,7 +413,7 @@ def test_a_failed_proof_writes_nothing(tiny_cnn: Path, tmp_path: Path, monkeypat
     def fail(*_: object, **__: object) -> None:
         raise VerificationFailed("the pruned model differs", "please report it")
 
-    monkeypatch.setattr(pipeline, "prove", fail)
+    monkeypatch.setattr(stages, "prove", fail)
     failed(run("compress", tiny_cnn, *QUICK), 5, "differs", "report")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.onnx"]
 
@@ -439,7 +439,7 @@ def test_an_interruption_ends_with_130_and_leaves_nothing(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prove", interrupt)
+    monkeypatch.setattr(stages, "prove", interrupt)
     result = run("compress", tiny_cnn, *QUICK)
     assert result.exit_code == 130
     assert result.stderr.strip() == "error: interrupted"

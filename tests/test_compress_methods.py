@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import onnxprune
-from onnxprune import cli, pipeline, sparsify
+from onnxprune import cli, sparsify, stages
 from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError, VerificationFailed
 from onnxprune.train import log
 from onnxprune.train.methods import METHODS, find_method
@@ -373,7 +373,7 @@ def test_a_run_that_was_stopped_anywhere_ends_with_the_same_file(
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(log, "PROGRESS_EVERY_S", 0.0)
         if at == "between":
-            patched.setattr(pipeline, "rewrite", stop)
+            patched.setattr(stages, "rewrite", stop)
         compress(model, data, again, **how, on_step=None if at == "between" else stop)
     assert not again.exists()
     with pytest.raises(UsageError, match="holds a run, stopped at step"):

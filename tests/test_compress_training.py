@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from onnx import helper, numpy_helper
 
 import onnxprune
-from onnxprune import cli, pipeline
+from onnxprune import cli, stages
 from onnxprune.accuracy import Recipe
 from onnxprune.errors import UsageError
 from onnxprune.train.settings import TrainSettings
@@ -211,7 +211,7 @@ def test_sigterm_leaves_nothing_half_done(
     tiny_cnn: Path, out: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also outside of training: here while the surgery is proved."""
-    monkeypatch.setattr(pipeline, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(stages, "prove", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     failed(compress(tiny_cnn, out, data), 130, "error: interrupted")
     assert list(out.parent.iterdir()) == []
@@ -229,7 +229,7 @@ def test_other_settings_are_refused_before_the_work(
     onnx.save(tiny_cnn_proto(classes=7), tmp_path / "other.onnx")
     other = compress(tmp_path / "other.onnx", out, data, *how, "--resume", "--force")
     failed(other, 2, "pruned model was", "parameters")
-    monkeypatch.setattr(pipeline, "analyse_graph", reached)
+    monkeypatch.setattr(stages, "analyse_graph", reached)
     failed(compress(tiny_cnn, out, data, *how, "--force"), 2, "holds a run")
     np.savez(tmp_path / "more.npz", image=np.zeros((50, 3, 16, 16), np.float32))
     other = compress(tiny_cnn, out, tmp_path / "more.npz", *how, "--force", "--resume", "--loss", "match")
