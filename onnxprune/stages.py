@@ -108,12 +108,13 @@ class Prepared:
             seed=request.seed,
         )
 
-    def plan(self, goal: Target) -> Choice:
-        """The units to keep for a target."""
+    def plan(self, goal: Target, **more: Any) -> Choice:
+        """The units to keep for a target. more: what else `choose` is told."""
         request = self.request
         return choose(
             self.analysis,
             goal,
+            **more,
             importance=self.ranked.importance,
             calibration=self.ranked.calibration,
             losses=self.ranked.losses,
