@@ -131,6 +131,7 @@ def main() -> None:
         return
     if options.work is None:
         parser.error("--work is wanted")
+    options.work.mkdir(parents=True, exist_ok=True)
     rows, lines, lasts = [], [], []
     for name in [options.only] if options.only else list(SIZES):
         path = options.work / f"{name}.onnx"
