@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fold_constants", "folded"]
 
+ADDS = "Add"  # the node that is put in for a constant
+
 
 def fold_constants(work: Rewrite, node: Node, contraction: Contraction, constants: dict[Atom, float]) -> None:
     """Add the sum of c * W over the removed units to the output; onnxruntime folds that into a bias."""
@@ -38,7 +40,7 @@ def fold_constants(work: Rewrite, node: Node, contraction: Contraction, constant
     hidden = work.edit.name(f"{output}_uncompensated")
     new.output[0] = hidden
     shift = work.edit.constant(f"{output}_constant", total.astype(dtype_of(elem)).reshape(shape))
-    work.edit.insert_after(node.index, "Add", [hidden, shift], output)
+    work.edit.insert_after(node.index, ADDS, [hidden, shift], output)
 
 
 def folded(original: Graph, pruned: Graph) -> set[str]:
@@ -48,7 +50,7 @@ def folded(original: Graph, pruned: Graph) -> set[str]:
     return {
         node.inputs[1]
         for node in pruned.nodes
-        if node.op == "Add"
+        if node.op == ADDS
         and node.inputs[1] in pruned.parameters
         and node.outputs[0] in known
         and not known.intersection(node.inputs)
