@@ -26,7 +26,7 @@ from onnxprune.data.source import Source
 from onnxprune.errors import DataError
 from onnxprune.mirroring.build import Builder
 from onnxprune.mirroring.quantised import Quantised
-from onnxprune.train.batching import free_batch
+from onnxprune.train.batching import free_batch, takes_several
 
 __all__ = ["Batches", "Gate", "Watched", "gate"]
 
@@ -106,6 +106,8 @@ class Watched:
         signature = signature_of(analysis.graph)
         freed = signature.whole or free_batch(self.module, analysis.graph, signature)
         self.fixed = None if freed and not signature.whole else 1 if signature.whole else signature.batch
+        if self.fixed is None and not takes_several(self.module, analysis.graph):
+            self.fixed = 1  # whatever it declares
 
     def named(self, found: Any) -> dict[str, Tensor]:
         """What the module gives, by output name."""

@@ -22,7 +22,7 @@ from onnxprune.model.outputs import output_kinds
 from onnxprune.verify.compare import difference
 from onnxprune.verify.inputs import SPREADS, draw
 
-__all__ = ["Unfitting", "fitting", "free_batch"]
+__all__ = ["Unfitting", "fitting", "free_batch", "takes_several"]
 
 TRIES = 3  # pairs of feeds; some models give the same for most inputs
 TOLERANCE = 1e-4  # relative; sums are taken in another order
@@ -74,6 +74,14 @@ def free_batch(mirror: GraphModule, graph: Graph, signature: Signature, *, doubt
             node.args = arguments
         mirror.recompile()
     return answer
+
+
+def takes_several(mirror: GraphModule, graph: Graph, *, seed: int = 0) -> bool:
+    """Whether a mirror that declares any batch can be computed on two samples, where it can on one. Made-up inputs are
+    tried; True where they show nothing."""
+    feed = draw(graph, graph.pins, np.random.default_rng(seed))
+    one, two = ({n: np.concatenate([x[:1]] * count) if x.ndim else x for n, x in feed.items()} for count in (1, 2))
+    return _outputs(mirror, graph, one) is None or _outputs(mirror, graph, two) is not None
 
 
 def _relax(mirror: GraphModule) -> list[tuple[Node, tuple]]:

@@ -7,6 +7,7 @@ so that it can be captured or compiled, once per phase.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
     inner: Tensor
 
 
-class UnitOptimizer(Optimizer):
+class UnitOptimizer(Optimizer, ABC):
     """Base of the two. See DHSPG for the arguments.
 
     table: the units. redundant: those that are to go, dead: those that are zero for good; bool, per unit.
@@ -145,13 +146,13 @@ class UnitOptimizer(Optimizer):
         self.samples += self.measures  # this step's are added by `move`
         self.steps += 1
 
+    @abstractmethod
     def schedule(self, now: float, then: float) -> None:
         """Set `phase`, `measures` and the factor for a step from `now` to `then`; choose where it is time to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self) -> None:
         """The device's half of a step."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -172,9 +173,9 @@ class UnitOptimizer(Optimizer):
         self.dead |= self.redundant
         self.table.keep_(~self.dead)
 
+    @abstractmethod
     def conclude(self) -> None:
         """Choose all that the target wants."""
-        raise NotImplementedError
 
     # choosing
 

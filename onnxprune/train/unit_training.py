@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,7 +57,7 @@ class ScheduleOptions:
             raise UsageError(f"saliency '{self.saliency}' is none of {', '.join((*SALIENCY, *STORED))}")
 
 
-class UnitTraining(Sparsifier):
+class UnitTraining(Sparsifier, ABC):
     """Base of the two. share: the part of a whole training that this phase takes by default."""
 
     name: ClassVar[str]
@@ -68,9 +69,9 @@ class UnitTraining(Sparsifier):
         self.chosen: Any = options if options is not None else self.options()  # type: ignore[call-arg]
         self.optimized: UnitOptimizer
 
+    @abstractmethod
     def build(self, groups: list[dict[str, Any]], how: dict[str, Any]) -> UnitOptimizer:
         """The optimizer. how: the arguments that both have."""
-        raise NotImplementedError
 
     def optimizer(self, student: nn.Module, settings: TrainSettings) -> Optimizer | None:
         assert isinstance(student, GraphModule)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from onnxprune.errors import DataError
-from onnxprune.train.batching import Unfitting, fitting
+from onnxprune.mirroring import mirror
+from onnxprune.model.load import load
+from onnxprune.train.batching import Unfitting, fitting, takes_several
+from tests.graphs import from_text
 
 
 def test_shapes_that_do_not_fit_are_an_error_of_the_data_with_a_hint() -> None:
@@ -18,3 +21,10 @@ def test_shapes_that_do_not_fit_are_an_error_of_the_data_with_a_hint() -> None:
 def test_want_of_memory_is_told_as_it_is() -> None:
     with pytest.raises(torch.OutOfMemoryError), fitting(4):
         raise torch.OutOfMemoryError("no memory")
+
+
+@pytest.mark.parametrize(("shape", "several"), [("1, 4", False), ("-1, 4", True)])
+def test_what_a_file_declares_is_tried(shape: str, several: bool) -> None:
+    text = f"(float[N,4] x) => (float[N,4] y) <int64[2] s = {{{shape}}}> {{ y = Reshape(x, s) }}"
+    graph = load(from_text(text))
+    assert takes_several(mirror(graph), graph) is several
