@@ -5,39 +5,18 @@ Nothing heavy is imported at the top: `--help` must not wait for onnx, onnxrunti
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import tempfile
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from onnxprune._version import __version__
-from onnxprune.errors import OnnxPruneError, UsageError
+from onnxprune.console import EPILOG, Group, Progress, check_json, deliver, say, terminable
 from onnxprune.options import training_arguments, training_options
 from onnxprune.train.methods import METHODS, ONESHOT
 
 __all__ = ["main"]
-
-INTERNAL, USAGE, INTERRUPTED = 1, 2, 130
-
-EPILOG = """\b
-Exit codes:
-    0  done
-    1  internal error
-    2  usage: an option or argument makes no sense
-    3  model rejected, or nothing in it is prunable
-    4  target or --max-drop not met
-    5  verification failed, nothing was written
-    6  data or hook failed
-  130  interrupted; with --run-dir, --resume goes on
-"""
 
 # Named here as well so that --help loads no stage; a test compares them with the tables of `select` and `verify`.
 IMPORTANCE = ("l1", "l2", "bn", "random", "fpgm", "wanda", "variance", "taylor", "distill", "obs")
@@ -47,137 +26,6 @@ OPTIMISATION = ("none", "basic", "extended", "all")
 
 Shapes = dict[str, tuple[int, ...]]
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class _Command(click.Command):
-    """A command whose errors become an `error:` and a `hint:` line; -vv adds the traceback."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("epilog", EPILOG)
-        super().__init__(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise
-        except KeyboardInterrupt as stop:
-            reason, _, hint = str(stop).partition("; ")  # of a training run: where it stands, and how it goes on
-            _complain(f"interrupted: {reason}" if reason else "interrupted", hint, _notes(stop))
-            raise click.exceptions.Exit(INTERRUPTED) from None
-        except Exception as error:
-            _fail(error, detailed=ctx.params.get("verbose", 0) > 1)
-
-
-class _Group(click.Group):
-    """The top of the command line: usage errors and interruptions end here."""
-
-    command_class = _Command
-
-    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
-        kwargs["standalone_mode"] = False
-        try:
-            code = super().main(*args, **kwargs)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.format_message(), err=True)
-            code = USAGE
-        except click.ClickException as error:
-            where = getattr(error, "ctx", None)
-            _complain(error.format_message(), f"see `{where.command_path if where else 'onnxprune'} --help`")
-            code = USAGE
-        except click.Abort:
-            _complain("interrupted", "")
-            code = INTERRUPTED
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(error: Exception, *, detailed: bool) -> NoReturn:
-    """Say what went wrong and end with the error's exit code."""
-    if detailed:
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    if isinstance(error, OnnxPruneError):
-        _complain(str(error), error.hint, _notes(error))
-        code = error.exit_code
-    else:
-        _complain(
-            f"internal: {type(error).__name__}: {error}",
-            "" if detailed else "run it again with -vv for the traceback, and report it",
-        )
-        code = INTERNAL
-    raise click.exceptions.Exit(code)
-
-
-def _notes(error: BaseException) -> list[str]:
-    """What the work had warned of before it failed."""
-    return list(getattr(error, "__notes__", ()))
-
-
-def _complain(message: str, hint: str, warnings: Sequence[str] = ()) -> None:
-    for warning in warnings:
-        _say(f"warning: {warning}", err=True)
-    rank = os.environ.get("RANK", "0")  # of several processes (torchrun), each says which one it is
-    _say(f"error{f' in process {rank}' if rank != '0' else ''}: {' '.join(message.split())}", err=True)
-    if hint:
-        _say(f"hint: {hint}", err=True)
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print, in ASCII where the stream can't show more."""
-    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        from onnxprune.report.terminal import ascii_only
-
-        text = ascii_only(text)
-    _emit(text, err=err)
-
-
-def _emit(text: str | bytes, *, err: bool = False) -> None:
-    try:
-        click.echo(text, err=err)
-    except BrokenPipeError:  # whoever reads it has seen enough; the work is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
-
-
-class _Progress:
-    """One line on stderr that names the stage; nothing where nobody watches."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.shown = sys.stderr.isatty() and not quiet
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
-
-    def __call__(self, stage: str) -> None:
-        if self.shown:
-            click.echo(f"\r\x1b[K{stage} ...", err=True, nl=False)
-
-    def step(self, row: Any) -> None:
-        """The state of a training run."""
-        if self.shown:
-            click.echo(f"\r\x1b[K{row.line()}", err=True, nl=False)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (`kill`, torchrun, a batch system) ends the work as Ctrl-C does: nothing half-done stays behind."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _parse_shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Shapes:
@@ -256,7 +104,7 @@ _threads = _option(
 
 
 @click.group(
-    cls=_Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @_option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version.")
 def main() -> None:
@@ -374,14 +222,14 @@ def compress(
     path = Path(model)
     if sweep is not None and target is None:
         output = Path(out) if out is not None else path
-        _check_json(json_to, path, output)
+        check_json(json_to, path, output)
         how = {"latency": not no_latency, "input_shapes": input_shapes or None}
         _sweep(model, output, sweep, json_to=json_to, quiet=quiet, **how, **options)
         return
     if target is None or sweep is not None:
         raise click.UsageError("give a --target, or a --sweep over several")
     output = Path(out) if out is not None else path.with_name(f"{path.stem}.pruned.onnx")
-    _check_json(json_to, path, output)
+    check_json(json_to, path, output)
     from onnxprune import pipeline
     from onnxprune.accuracy import is_first_process
     from onnxprune.report.document import compress_document
@@ -390,7 +238,7 @@ def compress(
     options |= training_arguments(options, seed=options["seed"])
     if not is_first_process():
         json_to, quiet = None, True
-    with _Progress(quiet=quiet) as progress, _terminable():
+    with Progress(quiet=quiet) as progress, terminable():
         result = pipeline.compress(
             model,
             None if options["dry_run"] else output,
@@ -401,11 +249,11 @@ def compress(
             on_step=progress.step,
             **options,
         )
-    _deliver(
+    deliver(
         json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0), quiet=quiet
     )
     for warning in result.warnings:
-        _say(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
 
 
 def _sweep(
@@ -425,7 +273,7 @@ def _sweep(
     options |= training_arguments(options, seed=options["seed"])
     if not is_first_process():
         json_to, quiet = None, True
-    with _Progress(quiet=quiet) as progress, _terminable():
+    with Progress(quiet=quiet) as progress, terminable():
         found = sweep(
             model,
             output,
@@ -434,12 +282,12 @@ def _sweep(
             on_step=progress.step,
             **options,
         )
-    _deliver(json_to, lambda: sweep_document(found), lambda: sweep_table(found), quiet=quiet)
+    deliver(json_to, lambda: sweep_document(found), lambda: sweep_table(found), quiet=quiet)
     for point in found.points:
         for warning in () if point.result is None else point.result.warnings:
-            _say(f"warning: {point.target}: {warning}", err=True)
+            say(f"warning: {point.target}: {warning}", err=True)
         if point.error is not None:
-            _say(f"error: {point.target}: {point.error}", err=True)
+            say(f"error: {point.target}: {point.error}", err=True)
     if found.exit_code:
         raise click.exceptions.Exit(found.exit_code)
 
@@ -452,14 +300,14 @@ def _sweep(
 @_verbose
 def inspect(model: str, *, exclude: tuple[str, ...], input_shapes: Shapes, json_to: str | None, verbose: int) -> None:
     """Show what is prunable in MODEL, and what stands in the way of the rest."""
-    _check_json(json_to, Path(model))
+    check_json(json_to, Path(model))
     from onnxprune import pipeline
     from onnxprune.report.document import inspect_document
     from onnxprune.report.terminal import inspect_report
 
     found = pipeline.inspect(model, exclude=exclude, input_shapes=input_shapes or None)
     timing = {"load_s": found.load_s, "analyse_s": found.analyse_s}
-    _deliver(
+    deliver(
         json_to,
         lambda: inspect_document(found.summary, found.analysis, timing=timing),
         lambda: inspect_report(found.summary, found.analysis, verbose=verbose > 0),
@@ -495,12 +343,12 @@ def sensitivity(
     """Measure what MODEL loses with the units of each group, for `compress --sensitivity`."""
     path = Path(model)
     kept = Path(out) if out is not None else path.with_name(f"{path.stem}.sensitivity.json")
-    _check_json(json_to, path, kept)
-    _check_json(str(kept), path)
+    check_json(json_to, path, kept)
+    check_json(str(kept), path)
     from onnxprune import pipeline
     from onnxprune.report.sensitivity import sensitivity_table
 
-    with _Progress(quiet=quiet) as progress, _terminable():
+    with Progress(quiet=quiet) as progress, terminable():
         analysis, found = pipeline.sensitivity(
             model,
             input_shapes=input_shapes or None,
@@ -508,9 +356,9 @@ def sensitivity(
             **options,
         )
     found.save(kept)
-    _deliver(json_to, found.document, lambda: sensitivity_table(analysis, found, verbose=verbose > 0), quiet=quiet)
+    deliver(json_to, found.document, lambda: sensitivity_table(analysis, found, verbose=verbose > 0), quiet=quiet)
     if not quiet and json_to != "-":
-        _say(f"written: {kept}")
+        say(f"written: {kept}")
 
 
 @main.command()
@@ -522,13 +370,13 @@ def sensitivity(
 @_seed
 def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | None, verbose: int, seed: int) -> None:
     """Prove that PRUNED equals ORIGINAL with the removed units masked."""
-    _check_json(json_to, Path(original), Path(pruned))
+    check_json(json_to, Path(original), Path(pruned))
     from onnxprune import pipeline
     from onnxprune.report.document import verify_document
     from onnxprune.report.terminal import verify_line
 
     found = pipeline.verify(original, pruned, seed=seed, input_shapes=input_shapes or None)
-    _deliver(json_to, lambda: verify_document(original, pruned, found), lambda: verify_line(found))
+    deliver(json_to, lambda: verify_document(original, pruned, found), lambda: verify_line(found))
 
 
 @main.command()
@@ -549,51 +397,10 @@ def verify(original: str, pruned: str, *, input_shapes: Shapes, json_to: str | N
 @_seed
 def bench(models: tuple[str, ...], *, input_shapes: Shapes, json_to: str | None, verbose: int, **options: Any) -> None:
     """Measure the latency of models in turns, and compare each with the first."""
-    _check_json(json_to, *map(Path, models))
+    check_json(json_to, *map(Path, models))
     from onnxprune.report.document import bench_document
     from onnxprune.report.terminal import bench_table
     from onnxprune.verify import latency
 
     measured = latency.bench(models, shapes=input_shapes, **options)
-    _deliver(json_to, lambda: bench_document(models, measured), lambda: bench_table(models, measured))
-
-
-def _check_json(json_to: str | None, *models: Path) -> None:
-    """The document may be written there, and is not about to replace a model. Raises UsageError."""
-    if json_to is None or json_to == "-":
-        return
-    path = Path(json_to)
-    if path.suffix == ".onnx" or any(_same_file(path, model) for model in models):
-        raise UsageError(f"--json {path} would overwrite a model", "--json takes a file of its own, or -")
-    if path.is_dir():
-        raise UsageError(f"--json {path} is a folder", "give a file in it")
-    _check_writable(path)
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
-
-
-def _check_writable(path: Path) -> None:
-    """Try it: permissions alone don't tell of read-only file systems."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path} can't be written: {error.strerror}", f"is {path.parent} a writable folder?") from None
-
-
-def _deliver(
-    json_to: str | None, document: Callable[[], Mapping[str, Any]], report: Callable[[], str], *, quiet: bool = False
-) -> None:
-    """JSON to where it is wanted; the report to stdout, unless the JSON goes there."""
-    if json_to is not None:
-        from onnxprune.report.document import to_json
-
-        text = to_json(dict(document()))
-        if json_to == "-":
-            _emit(text.encode())
-        else:
-            Path(json_to).write_text(text + "\n", encoding="utf-8")
-    if json_to != "-" and not quiet:
-        _say(report())
+    deliver(json_to, lambda: bench_document(models, measured), lambda: bench_table(models, measured))
