@@ -7,7 +7,7 @@ consumes it is dropped with it and is no part of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +49,10 @@ def params_and_groups(
     allow_inexact: also groups whose removal changes the function.
     """
     tensors, groupings = _tensors(mirror), _groupings(mirror, analysis)
+    places = _places(mirror, tensors)
     parts: dict[str, dict[tuple[str, int], Part]] = {}
     for group in trainable_groups(mirror, analysis, allow_inexact=allow_inexact):
-        for target, axis, units in _producing(mirror, analysis, group):
+        for target, axis, units in _producing(places, analysis, group):
             parts.setdefault(target, {})[group.id, axis] = Part(group.id, axis, units)
     groups: list[dict[str, Any]] = [
         {"params": [], "parts": [], "grouping": [], "weight_decay": w} for w in (weight_decay, 0.0, 0.0)
@@ -81,20 +82,26 @@ def trainable_groups(mirror: GraphModule, analysis: Analysis, *, allow_inexact: 
     return found
 
 
-def _producing(mirror: GraphModule, analysis: Analysis, group: Group) -> Iterable[tuple[str, int, np.ndarray]]:
+def _places(mirror: GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    """Per stored tensor, its targets, each with scale and bias of a normalisation that was put in behind it."""
+    normalised = inserted(mirror)
+    return {
+        name: [(t, normalised.get(t, ())) for t in found if t in tensors] for name, found in _targets(mirror).items()
+    }
+
+
+def _producing(
+    places: Mapping[str, list[tuple[str, tuple[str, ...]]]], analysis: Analysis, group: Group
+) -> Iterable[tuple[str, int, np.ndarray]]:
     """(target, axis, unit of every index) of what produces the group's units in the mirror."""
-    tensors, targets, normalised = _tensors(mirror), _targets(mirror), inserted(mirror)
     for member in group.members:
         if member.role != PRODUCES:
             continue
         units = unit_of(analysis.uses[member.use][member.axis], group.atom)
-        for target in targets[member.initializer]:
-            if target not in tensors:
-                continue
+        for target, behind in places[member.initializer]:
             yield target, member.axis, units
             if member.axis == 0:
-                for behind in normalised.get(target, ()):
-                    yield behind, 0, units
+                yield from ((t, 0, units) for t in behind)
 
 
 def _groupings(mirror: GraphModule, analysis: Analysis) -> dict[str, Grouping]:
