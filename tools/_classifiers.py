@@ -21,11 +21,12 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class Classifier:
-    """data: the set it was trained on. last: whether channels come last. peak: what 255 becomes. normalised: whether
-    CIFAR-10's mean and deviation are taken out."""
+    """data: the set it was trained on. last: whether channels come last. low, peak: what 0 and 255 become. normalised:
+    whether CIFAR-10's mean and deviation are taken out."""
 
     data: str
     last: bool = False
+    low: float = 0.0
     peak: float = 1.0
     normalised: bool = False
 
@@ -35,7 +36,7 @@ class Classifier:
         port = signature.inputs[0]
         with np.load(folder / f"{self.data}_{part}.npz") as stored:
             images, labels = stored["image"][:count], stored["label"][:count]
-        values = images.astype(np.float32) * np.float32(self.peak / 255)
+        values = images.astype(np.float32) * np.float32((self.peak - self.low) / 255) + np.float32(self.low)
         if self.normalised:
             values = (values - np.float32(MEAN).reshape(3, 1, 1)) / np.float32(STD).reshape(3, 1, 1)
         if self.last:
@@ -59,6 +60,9 @@ CLASSIFIERS = {
     "mara_mnist5x20_leaky": Classifier("mnist"),
     "mara_selfattn_mnist": Classifier("mnist", last=True),
     "mnist_conv_cntk": Classifier("mnist", peak=255.0),
+    "mara_yizhak": Classifier("mnist", low=-1.0),
+    "mara_dropout": Classifier("mnist"),
+    "occ_image_classifier32": Classifier("cifar", low=-1.0),
 }
 """By the file's stem. The first three stand in `models`; the others are known by the names of their makers' files."""
 
