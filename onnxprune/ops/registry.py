@@ -77,7 +77,8 @@ class Operator:
     fixed: float inputs that training leaves as they are: statistics, bounds, scales of a resize, thresholds.
     running: of those, the statistics that training updates all the same, as it goes over the data.
     linear: how it is a linear layer of the stored input w, for repair in closed form: linear(node, w, shapes of the
-        inputs). None, or a rule that gives None: it is left as it is.
+        inputs), or of a tensor that is computed from the data like x. None, or a rule that gives None: it is left as
+        it is.
     shift: where a constant per channel that is added to data input i can go instead: shift(node, i) gives the input,
         the sign, and the axis of the data that a vector there lies along (None: it broadcasts).
     """

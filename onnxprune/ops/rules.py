@@ -86,9 +86,10 @@ class Linear:
 
     x, w, bias: inputs; bias is None where the node has no place for one. terms: the labels of the axes of x, w and y,
     as in an einsum. unfold, unfold_output: torch views of x and of the node's output with these axes; weight_shape:
-    that of w. inside: y is not the node's output but something in it. scale: of the product, bias_scale: of the bias.
-    lay: a number per channel, in y's order, as the stored bias holds it. channel: the axis of the output that the
-    channels are on, None where they aren't on one.
+    that of w, where it is stored; unfold_weight: as unfold, where it is computed from the data too. inside: y is not
+    the node's output but something in it. scale: of the product, bias_scale: of the bias. lay: a number per channel, in
+    y's order, as the stored bias holds it. channel: the axis of the output that the channels are on, None where they
+    aren't on one.
     """
 
     x: int
@@ -103,6 +104,7 @@ class Linear:
     bias_scale: float = 1.0
     lay: Callable[[np.ndarray], np.ndarray] = lambda c: c
     channel: int | None = None
+    unfold_weight: Callable[[Any], Any] = lambda w: w
 
 
 # what a rule may trip over at a node that is not what its operator's definition says

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -18,6 +19,8 @@ from onnxprune.axes.expr import atoms, kept
 from onnxprune.model.graph import Graph, Node
 from onnxprune.model.weights import FLOATS
 from onnxprune.ops.rules import Contraction, Kind, Linear
+from onnxprune.reconstruct.logits import Logits, logits
+from onnxprune.reconstruct.routes import Layer
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
 from onnxprune.rewrite.edit import take
 from onnxprune.select.plan import Plan
@@ -73,17 +76,19 @@ class Left:
     reason: str
 
 
-def consumers(analysis: Analysis, plan: Plan, pruned: Graph, *, behind: bool) -> tuple[list[Consumer], list[Left]]:
+def consumers(
+    analysis: Analysis, plan: Plan, pruned: Graph, *, behind: bool
+) -> tuple[list[Consumer | Logits], list[Left]]:
     """Every consumer of a group that loses units, in the pruned graph's order.
 
     behind: and every other linear layer behind one of them, whose input is complete but no longer quite the same.
     """
-    found: list[Consumer] = []
+    found: list[Consumer | Logits] = []
     left: list[Left] = []
     finder = _Finder(analysis, plan, pruned)
     for node, contraction, groups in finder.contracted(behind=behind):
         made = finder.consumer(node, contraction, groups)
-        if isinstance(made, Consumer):
+        if isinstance(made, Consumer | Logits):
             found.append(made)
         elif groups:
             left.append(Left(node.label, node.op, groups, made))
@@ -109,13 +114,13 @@ class _Finder:
             if differs:
                 changed.update(n for n in node.outputs if n)
 
-    def consumer(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Consumer | str:
+    def consumer(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Consumer | Logits | str:
         """Or why there is none."""
         if contraction.kind is Kind.STATE:
             return "its input is its own output, one step earlier"
         stored = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.parameters]
         if not stored:
-            return "both operands are computed from the data"
+            return self.product(node, contraction, groups)
         small = self.in_pruned(node)
         if small is None:
             return "all of its inputs were removed"
@@ -137,6 +142,38 @@ class _Finder:
         offset, place = self.constant(small, linear, y, form)
         masks = tuple(kept(e, self.keep) for e in self.analysis.axes[y])
         return Consumer(node.label, node.op, groups, form, name, small.inputs[linear.x], y, place, offset, masks)
+
+    def product(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Logits | str:
+        """Both operands are computed from the data."""
+        small = self.in_pruned(node)
+        if small is None:
+            return "all of its inputs were removed"
+        if not groups:
+            return "it lost no columns"
+        nodes = (node, small)
+        return logits(self.analysis, self.keep, self.pruned, nodes, contraction, groups, self.layer, self.own)
+
+    @cached_property
+    def became(self) -> dict[int, tuple[Node, int]]:
+        """By the index of a node of the pruned graph, the original's node and its stored weight's input."""
+        found: dict[int, tuple[Node, int]] = {}
+        for node in self.graph.nodes:
+            for contraction in self.analysis.contractions.get(node.index, ()):
+                stored = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.parameters]
+                small = self.in_pruned(node) if stored and contraction.kind is Kind.PRODUCT else None
+                if small is not None:
+                    found[small.index] = node, stored[-1]
+        return found
+
+    def layer(self, small: Node) -> Layer | None:
+        """A node of the pruned graph as a linear layer, whose output is a tensor of its own."""
+        node, w = self.became.get(small.index, (None, 0))
+        rule = self.analysis.registry[small.op].linear if node is not None else None
+        linear = rule(small, w, self.shapes(self.pruned, small)) if rule is not None else None
+        form = unfolded(linear) if linear is not None else None
+        if linear is None or form is None or linear.inside or small.inputs[w] not in self.pruned.parameters:
+            return None
+        return Layer(small, form, small.inputs[w])
 
     def inside(self, node: Node, small: Node, form: Unfolded, w: int, groups: tuple[str, ...]) -> Consumer | str:
         """Targets that no tensor holds: made from the original's input and weight, less the rows that went."""

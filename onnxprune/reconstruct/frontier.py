@@ -5,7 +5,7 @@ In memory up to a limit, in files beyond it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -50,17 +50,26 @@ class Frontier:
     def take(self, batch: int) -> dict[Hashable, Any]:
         """Everything of a batch, which is no longer held then."""
         found, self._values[batch] = self._values[batch], {}
-        for key, value in found.items():
-            if isinstance(value, _Spilled):
-                found[key] = value.read()
-                value.path.unlink()
-            elif isinstance(value, Tensor):
-                self.held -= value.nbytes
-        return found
+        return {key: self._fetched(value) for key, value in found.items()}
 
     def put(self, batch: int, values: dict[Hashable, Any]) -> None:
         for key, value in values.items():
             self._values[batch][key] = self._stored(value) if isinstance(value, Tensor) else value
+
+    def change(self, batch: int, key: Hashable, function: Callable[[Tensor], Tensor]) -> None:
+        """Exchange one tensor, where there is one."""
+        if key in self._values[batch]:
+            found = self._fetched(self._values[batch].pop(key))
+            self.put(batch, {key: function(found)})
+
+    def _fetched(self, value: Any) -> Any:
+        if isinstance(value, _Spilled):
+            found = value.read()
+            value.path.unlink()
+            return found
+        if isinstance(value, Tensor):
+            self.held -= value.nbytes
+        return value
 
     def _stored(self, tensor: Tensor) -> Tensor | _Spilled:
         if self.held + tensor.nbytes > self.limit:

@@ -52,8 +52,9 @@ class Side:
             value = getattr(value, part)
         return value.detach()
 
-    def levels(self, solved: Collection[str]) -> dict[Node, int]:
-        """How many of the weights in `solved` lie one behind another in front of each node, its own included."""
+    def levels(self, solved: Collection[str], turned: Collection[Node] = ()) -> dict[Node, int]:
+        """How many of the weights in `solved` lie one behind another in front of each node, its own included. turned:
+        nodes whose values change afterwards, which counts for what reads them."""
         level: dict[Node, int] = {}
         holds: dict[Node, set[str]] = {}  # weights that static nodes give, perhaps turned
         for node in self.nodes:
@@ -61,7 +62,8 @@ class Side:
             if node in self.static:
                 holds[node] = held | ({self.weights[node]} if node in self.weights else set())
                 held = set()
-            level[node] = max((level[a] for a in node.all_input_nodes), default=0) + bool(held & set(solved))
+            changed = bool(held & set(solved)) or any(a in turned for a in node.all_input_nodes)
+            level[node] = max((level[a] for a in node.all_input_nodes), default=0) + changed
         return level
 
     def ancestors(self, wanted: Collection[Node]) -> set[Node]:
@@ -112,6 +114,11 @@ class Lockstep:
                     batch,
                     {(k, n.name): env[n] for k, env in enumerate(values) for n in keeps[k] if n in env},
                 )
+
+    def turn(self, k: int, node: Node, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Exchange the values of a node that has run on side k, where they are still held."""
+        for batch in range(len(self.frontier)):
+            self.frontier.change(batch, (k, node.name), change)
 
     def _run(self, k: int, run: list[Node], ends: list[list[Node]], held: dict[Any, Any]) -> dict[Node, Any]:
         side = self.sides[k]

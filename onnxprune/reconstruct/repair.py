@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from onnxprune.errors import DataError
 from onnxprune.model.graph import Model
 from onnxprune.model.infer import infer
 from onnxprune.ops.registry import Operator
+from onnxprune.reconstruct.bilinear import Bilinear, Grams, solve_bilinear
 from onnxprune.reconstruct.consumers import Consumer, Left, consumers
 from onnxprune.reconstruct.frontier import Frontier
 from onnxprune.reconstruct.lockstep import Lockstep, Side
+from onnxprune.reconstruct.logits import Logits
 from onnxprune.reconstruct.moments import Moments
 from onnxprune.reconstruct.solve import MODES, RIDGES, Solution, solve
 from onnxprune.rewrite.rewrite import rewrite
@@ -171,7 +174,7 @@ class _Work:
         self,
         run: Lockstep,
         judged: Frontier,
-        found: Sequence[Consumer],
+        found: Sequence[Consumer | Logits],
         mode: str,
         ridges: Sequence[float],
         limit: int,
@@ -184,15 +187,26 @@ class _Work:
         self.sliced: dict[str, Tensor] = {}
         self.reports: list[ConsumerRepair] = []
         self.left: list[Left] = []
-        self.found: list[Consumer] = []
+        self.found: list[Consumer | Logits] = []
         self.held_out = 0
         self.sizes: list[int] = []
         for consumer in found:
-            if consumer.weight in self.pruned.targets and consumer.x in self.pruned.places and self.aims(consumer):
+            reason = "its weight or its input has no tensor of its own in the mirror"
+            if isinstance(consumer, Logits) and mode == "mean":
+                reason = "a product of two tensors has no constant"
+            elif self.within_reach(consumer):
                 self.found.append(consumer)
-            else:
-                reason = "its weight or its input has no tensor of its own in the mirror"
-                self.left.append(Left(consumer.label, consumer.op, consumer.groups, reason))
+                continue
+            self.left.append(Left(consumer.label, consumer.op, consumer.groups, reason))
+
+    def within_reach(self, consumer: Consumer | Logits) -> bool:
+        if isinstance(consumer, Consumer):
+            names, inputs, aims = [consumer.weight], [consumer.x], [consumer.source or consumer.y]
+        else:
+            names = [consumer.weight, *(m.name for m in consumer.mixed)]
+            inputs, aims = ([getattr(o, n) for o in (consumer.left, consumer.right)] for n in ("name", "of"))
+        places = ((names, self.pruned.targets), (inputs, self.pruned.places), (aims, self.original.places))
+        return all(n in known for wanted, known in places for n in wanted)
 
     def load(self, data: Source | Batches, samples: int, batch: int | None) -> int:
         """Take the inputs; returns how many."""
@@ -239,17 +253,19 @@ class _Work:
             self.sliced[name] = tensor.clone()
             tensor.copy_(other)
 
-    def steps(self) -> list[list[Consumer]]:
+    def steps(self) -> list[list[Consumer | Logits]]:
         """Consumers that are solved for together: as many others lie in front of them, and their moments fit."""
-        levels = self.pruned.levels({c.weight for c in self.found})
-        by_level: dict[int, list[Consumer]] = {}
+        linear = {c.weight for c in self.found if isinstance(c, Consumer)}
+        turned = {self.pruned.places[c.left.name] for c in self.found if isinstance(c, Logits)}
+        levels = self.pruned.levels(linear, turned)
+        by_level: dict[int, list[Consumer | Logits]] = {}
         for consumer in self.found:
-            by_level.setdefault(levels[self.pruned.places[consumer.x]], []).append(consumer)
-        steps: list[list[Consumer]] = []
+            by_level.setdefault(max(levels[n] for n in self.inputs(consumer)), []).append(consumer)
+        steps: list[list[Consumer | Logits]] = []
         for level in sorted(by_level):
             room = 0
             for consumer in by_level[level]:
-                size = 2 * Moments.nbytes(*consumer.sizes())
+                size = self.nbytes(consumer)
                 if room < size:
                     steps.append([])
                     room = max(self.limit, size)
@@ -257,33 +273,60 @@ class _Work:
                 room -= size
         return steps
 
-    def aims(self, consumer: Consumer) -> list[Node]:
-        """What of the original a consumer's targets are made from."""
-        name = consumer.source or consumer.y
-        return [self.original.places[name]] if name in self.original.places else []
+    def nbytes(self, consumer: Consumer | Logits) -> int:
+        """Of its moments."""
+        if isinstance(consumer, Consumer):
+            return 2 * Moments.nbytes(*consumer.sizes())
+        return Grams.nbytes(consumer.limit(self.limit // 4), *consumer.sizes())
 
-    def run(self, step: Sequence[Consumer], later: Sequence[Consumer]) -> None:
-        pairs = [(Moments.zeros(*c.sizes()), Moments.zeros(*c.sizes())) for c in step]
+    def inputs(self, consumer: Consumer | Logits) -> list[Node]:
+        """What of the pruned network a consumer's moments are of."""
+        names = [consumer.x] if isinstance(consumer, Consumer) else [consumer.left.name, consumer.right.name]
+        return [self.pruned.places[n] for n in names]
+
+    def aims(self, consumer: Consumer | Logits) -> list[Node]:
+        """What of the original a consumer's targets are made from."""
+        if isinstance(consumer, Consumer):
+            return [self.original.places[consumer.source or consumer.y]]
+        names = [consumer.left.of, consumer.right.of]
+        return [self.original.places[n] for n in names]
+
+    def run(self, step: Sequence[Consumer | Logits], later: Sequence[Consumer | Logits]) -> None:
+        pairs: list[Any] = [tuple(empty(c) for _ in range(2)) for c in step]
         seconds = [0.0] * len(step)
 
-        def wanted(some: Sequence[Consumer]) -> tuple[set[Node], set[Node]]:
-            return {n for c in some for n in self.aims(c)}, {self.pruned.places[c.x] for c in some}
+        def wanted(some: Sequence[Consumer | Logits]) -> tuple[set[Node], set[Node]]:
+            return {n for c in some for n in self.aims(c)}, {n for c in some for n in self.inputs(c)}
 
         def visit(batch: int, values: Sequence[Mapping[Node, Tensor]]) -> None:
             for k, consumer in enumerate(step):
                 start = time.perf_counter()
-                x = consumer.form.linear.unfold(values[1][self.pruned.places[consumer.x]])
-                y = self.target(consumer, values[0][self.aims(consumer)[0]])
-                limit = -(-max(ROWS, ROWS_PER_COLUMN * consumer.sizes()[1]) // len(self.sizes))
-                rng = np.random.default_rng((self.seed, batch))
-                for rows, targets in consumer.form.blocks(x, y, limit, rng):
-                    pairs[k][self.is_held(batch)].add(rows, targets)
+                given = [values[1][n] for n in self.inputs(consumer)]
+                aims = [values[0][n] for n in self.aims(consumer)]
+                self.gather(consumer, pairs[k][self.is_held(batch)], given, aims, batch)
                 seconds[k] += time.perf_counter() - start
 
         self.lockstep.step(wanted(step), wanted(later), visit)
         for k, consumer in enumerate(step):
-            self.finish(consumer, *pairs[k], seconds[k])
-            pairs[k] = (Moments.zeros(0, 0, 0),) * 2
+            if isinstance(consumer, Logits):
+                self.finish_product(consumer, pairs[k], seconds[k])
+            else:
+                self.finish(consumer, pairs[k], seconds[k])
+            pairs[k] = None
+
+    def gather(
+        self, consumer: Consumer | Logits, moments: Any, given: Sequence[Tensor], aims: Sequence[Tensor], batch: int
+    ) -> None:
+        """Add a batch to the moments. given: of the pruned network; aims: of the original."""
+        rng = np.random.default_rng((self.seed, batch))
+        if isinstance(consumer, Logits):
+            limit = -(-consumer.limit(self.limit // 4) // len(self.sizes))
+            consumer.gather(moments, (given[0], given[1]), (aims[0], aims[1]), limit, rng)
+            return
+        x, y = consumer.form.linear.unfold(given[0]), self.target(consumer, aims[0])
+        limit = -(-max(ROWS, ROWS_PER_COLUMN * consumer.sizes()[1]) // len(self.sizes))
+        for rows, targets in consumer.form.blocks(x, y, limit, rng):
+            moments.add(rows, targets)
 
     @staticmethod
     def target(consumer: Consumer, tensor: Tensor) -> Tensor:
@@ -297,8 +340,9 @@ class _Work:
         x, w, y = ("".join(names[n] for n in t) for t in whole.linear.terms)
         return torch.einsum(f"{x},{w}->{y}", whole.linear.unfold(tensor).double(), torch.from_numpy(weight))
 
-    def finish(self, consumer: Consumer, fit: Moments, held: Moments, seconds: float) -> None:
+    def finish(self, consumer: Consumer, moments: tuple[Moments, Moments], seconds: float) -> None:
         start = time.perf_counter()
+        fit, held = moments
         stored = self.pruned.tensor(consumer.weight)
         place = consumer.place if consumer.place is not None and consumer.place.name in self.pruned.targets else None
         weight = consumer.form.matrix(stored.double().numpy())
@@ -309,30 +353,55 @@ class _Work:
         if solution.mode in ("mean", "affine") and place is not None:
             change = place.lay((solution.offset - consumer.offset).reshape(-1))
             self.exchange(place.name, self.pruned.tensor(place.name).double().numpy() + change)
-        self.reports.append(self.report(consumer, solution, rows, seconds + time.perf_counter() - start))
+        seconds += time.perf_counter() - start
+        nbytes = 2 * Moments.nbytes(*consumer.sizes())
+        self.reports.append(report(consumer, solution, rows, consumer.sizes()[1], seconds, nbytes))
+
+    def finish_product(self, consumer: Logits, moments: tuple[Grams, Grams], seconds: float) -> None:
+        start = time.perf_counter()
+        fit, held = moments
+        samples, nbytes = fit.samples + held.samples, fit.nbytes(fit.samples + held.samples, *consumer.sizes())
+        solution = solve_bilinear(fit, held, self.ridges)
+        if solution.mode != "none":
+            names = (consumer.weight, *(m.name for m in consumer.mixed))
+            stored = {n: self.pruned.tensor(n).double().numpy() for n in names}
+            for name, array in consumer.absorbed(solution.mixed, stored).items():
+                self.exchange(name, array)
+            # what the layer gave is held, and not computed again
+            factor = self.pruned.places[consumer.left.name]
+            self.lockstep.turn(1, factor, lambda x: consumer.turn(x, solution.mixed))
+        seconds += time.perf_counter() - start
+        self.reports.append(report(consumer, solution, samples, consumer.sizes()[1], seconds, nbytes))
 
     def exchange(self, name: str, array: np.ndarray) -> None:
         tensor = self.pruned.tensor(name)
-        self.sliced[name] = tensor.clone()
+        self.sliced.setdefault(name, tensor.clone())
         tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
         self.values[name] = tensor.numpy().copy()
 
-    @staticmethod
-    def report(consumer: Consumer, solution: Solution, rows: int, seconds: float) -> ConsumerRepair:
-        return ConsumerRepair(
-            consumer.label,
-            consumer.op,
-            consumer.groups,
-            solution.mode,
-            solution.ridge,
-            solution.condition,
-            solution.before,
-            solution.after,
-            rows,
-            consumer.sizes()[1],
-            seconds,
-            2 * Moments.nbytes(*consumer.sizes()),
-        )
+
+def empty(consumer: Consumer | Logits) -> Moments | Grams:
+    """Moments of no rows."""
+    return Grams.zeros(*consumer.sizes()) if isinstance(consumer, Logits) else Moments.zeros(*consumer.sizes())
+
+
+def report(
+    consumer: Consumer | Logits, solution: Solution | Bilinear, rows: int, columns: int, seconds: float, nbytes: int
+) -> ConsumerRepair:
+    return ConsumerRepair(
+        consumer.label,
+        consumer.op,
+        consumer.groups,
+        solution.mode,
+        solution.ridge,
+        solution.condition,
+        solution.before,
+        solution.after,
+        rows,
+        columns,
+        seconds,
+        nbytes,
+    )
 
 
 def _batches(data: Source | Batches, samples: int, batch: int | None, seed: int) -> Iterator[Mapping[str, np.ndarray]]:

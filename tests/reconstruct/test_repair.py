@@ -207,7 +207,8 @@ def test_what_is_left_is_named_with_its_reason():
     nodes = [
         *(node("MatMul", ["h0", f"w{n}"], [n], n) for n in "qkv"),
         node("Transpose", ["k"], ["k.t"], "turn", perm=[0, 2, 1]),
-        node("MatMul", ["q", "k.t"], ["scores"], "scores"),
+        *(node("Tanh", [n], [f"{n}.bent"], f"bend {n}") for n in ("q", "k.t")),
+        node("MatMul", ["q.bent", "k.t.bent"], ["scores"], "scores"),
         node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
         node("MatMul", ["shares", "v"], ["mixed"], "mix"),
         node("MatMul", ["mixed", "wo"], ["y"], "out"),
@@ -224,7 +225,7 @@ def test_what_is_left_is_named_with_its_reason():
 
     assert [c.label for c in repaired.consumers] == ["out"]
     assert [(x.label, x.groups) for x in repaired.left] == [("scores", (queries.id,))]
-    assert "both operands" in repaired.left[0].reason
+    assert "both operands" in repaired.left[0].reason and "Tanh 'bend q'" in repaired.left[0].reason
 
 
 def test_shared_weights_are_left():

@@ -1,0 +1,335 @@
+"""Heads whose query and key columns lost some: the products come as near to the original's as a matrix per head between
+the two can bring them, by brute force, however the graph writes them; and the layers that can't absorb it are named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import pytest
+from consumer_cases import Case, Function, model_of, stored
+from onnx import helper, numpy_helper
+
+from onnxprune.axes.analysis import Analysis, analyse
+from onnxprune.axes.expr import atoms
+from onnxprune.model.graph import Model
+from onnxprune.model.load import load
+from onnxprune.reconstruct import repair
+from onnxprune.reconstruct.bilinear import Grams, bilinear, solve_bilinear
+from onnxprune.rewrite.rewrite import rewrite
+from onnxprune.select.plan import Plan
+
+node = helper.make_node
+rng = np.random.default_rng(11)
+r = rng.standard_normal
+
+LENGTH, WIDTH, HEADS, COLUMNS = 7, 6, 2, 5
+ALL = HEADS * COLUMNS
+SHAPE = {"heads": np.array([0, LENGTH, HEADS, COLUMNS])}
+KEPT = np.array([0, 2, 3])
+
+
+def layer(name: str, source: str = "h", outputs: int = ALL) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    nodes = [
+        node("MatMul", [source, f"w{name}"], [f"{name}.m"], f"layer {name}"),
+        node("Add", [f"b{name}", f"{name}.m"], [name], f"bias {name}"),
+    ]
+    return nodes, {f"w{name}": r((WIDTH, outputs)), f"b{name}": r(outputs)}
+
+
+def by_heads(name: str, perm: Sequence[int] = (0, 2, 1, 3)) -> list[onnx.NodeProto]:
+    return [
+        node("Reshape", [name, "heads"], [f"{name}.r"], f"heads of {name}"),
+        node("Transpose", [f"{name}.r"], [f"{name}.t"], f"turn {name}", perm=perm),
+    ]
+
+
+def separate(between: Sequence[onnx.NodeProto] = (), q: str = "q.t", k: str = "k.t", **more: np.ndarray) -> Case:
+    """Two layers; `between` turns q.t and k.t (already transposed) into what is multiplied."""
+    (first, a), (second, b) = layer("q"), layer("k")
+    nodes = [*first, *second, *by_heads("q"), *by_heads("k", (0, 2, 3, 1)), *between]
+    return case([*nodes, node("MatMul", [q, k], ["y"], "product")], a | b | more)
+
+
+def case(nodes: Sequence[onnx.NodeProto], weights: dict[str, np.ndarray]) -> Case:
+    return Case(nodes, weights, (LENGTH, WIDTH), units=WIDTH)
+
+
+def packed_split() -> Case:
+    nodes, weights = layer("all", outputs=3 * ALL)
+    nodes += [
+        node("Split", ["all"], ["q", "k", "v"], "parts", axis=-1),
+        node("ReduceSum", ["v"], ["v.sum"], keepdims=0),
+    ]
+    nodes += [*by_heads("q"), *by_heads("k", (0, 2, 3, 1)), node("MatMul", ["q.t", "k.t"], ["s"], "product")]
+    return case([*nodes, node("Add", ["s", "v.sum"], ["y"], "rest")], weights)
+
+
+def packed_gather() -> Case:
+    nodes, weights = layer("all", outputs=3 * ALL)
+    nodes += [
+        node("Reshape", ["all", "five"], ["all.r"], "five"),
+        node("Transpose", ["all.r"], ["all.t"], "turn", perm=[2, 0, 3, 1, 4]),
+        *(node("Gather", ["all.t", f"at{k}"], [n], f"part {n}", axis=0) for k, n in enumerate(("q", "k"))),
+        node("Transpose", ["k"], ["k.t"], "turn k", perm=[0, 1, 3, 2]),
+        node("Mul", ["q", "scale"], ["q.s"], "scaled"),
+        node("MatMul", ["q.s", "k.t"], ["y"], "product"),
+    ]
+    return case(nodes, weights)
+
+
+def einsum() -> Case:
+    weights = {"wq": r((WIDTH, HEADS, COLUMNS)), "wk": r((WIDTH, HEADS, COLUMNS)), "bq": r((HEADS, COLUMNS))}
+    nodes = [
+        node("Einsum", ["h", "wq"], ["q.m"], "layer q", equation="bsc,chd->bshd"),
+        node("Add", ["q.m", "bq"], ["q"], "bias q"),
+        node("Einsum", ["h", "wk"], ["k"], "layer k", equation="bsc,chd->bshd"),
+        node("Einsum", ["k", "q"], ["y"], "product", equation="bjhd,bihd->bhij"),
+    ]
+    return case(nodes, weights)
+
+
+def convolutions() -> Case:
+    weights = {"wq": r((ALL, WIDTH, 1)), "wk": r((ALL, WIDTH, 1)), "bq": r(ALL), "bk": r(ALL)}
+    nodes = [node("Transpose", ["h"], ["h.t"], "channels first", perm=[0, 2, 1])]
+    for n in "qk":
+        nodes += [
+            node("Conv", ["h.t", f"w{n}", f"b{n}"], [n], f"layer {n}", strides=[1 + (n == "k")]),
+            node("Reshape", [n, "split"], [f"{n}.r"], f"heads of {n}"),
+        ]
+    nodes += [node("Transpose", ["q.r"], ["q.t"], "turn q", perm=[0, 1, 3, 2])]
+    return case([*nodes, node("MatMul", ["q.t", "k.r"], ["y"], "product")], weights)
+
+
+def shared_keys() -> Case:
+    """Two heads of queries and one of keys."""
+    (first, a), (second, b) = layer("q"), layer("k", outputs=COLUMNS)
+    nodes = [
+        *first,
+        *second,
+        *by_heads("q"),
+        node("Transpose", ["k"], ["k.t"], "turn k", perm=[0, 2, 1]),
+        node("Unsqueeze", ["k.t", "one"], ["k.u"], "a head"),
+        node("Expand", ["k.u", "twice"], ["k.e"], "both heads"),
+    ]
+    return case([*nodes, node("MatMul", ["q.t", "k.e"], ["y"], "product")], a | b)
+
+
+def rotary() -> Case:
+    """Pairs of columns are turned by angles that depend on the place."""
+    (first, a), (second, b) = layer("q", outputs=4 * HEADS), layer("k", outputs=4 * HEADS)
+    nodes = [*first, *second]
+    for n in "qk":
+        nodes += [
+            node("Reshape", [n, "fours"], [f"{n}.r"], f"heads of {n}"),
+            node("Transpose", [f"{n}.r"], [f"{n}.t"], f"turn {n}", perm=[0, 2, 1, 3]),
+            node("Split", [f"{n}.t"], [f"{n}.1", f"{n}.2"], f"halves of {n}", axis=-1),
+            node("Neg", [f"{n}.2"], [f"{n}.-2"], f"negative {n}"),
+            node("Concat", [f"{n}.-2", f"{n}.1"], [f"{n}.21"], f"other halves of {n}", axis=-1),
+            node("Mul", [f"{n}.t", "cos"], [f"{n}.cos"], f"cos {n}"),
+            node("Mul", [f"{n}.21", "sin"], [f"{n}.sin"], f"sin {n}"),
+            node("Add", [f"{n}.cos", f"{n}.sin"], [f"{n}.turned"], f"rotated {n}"),
+        ]
+    nodes += [
+        node("Transpose", ["k.turned"], ["k.across"], "across", perm=[0, 1, 3, 2]),
+        node("MatMul", ["q.turned", "k.across"], ["y"], "product"),
+    ]
+    angles = np.tile(np.arange(LENGTH)[:, None] * [1.0, 0.1], 2)
+    return case(nodes, a | b | {"cos": np.cos(angles), "sin": np.sin(angles)})
+
+
+CASES = {
+    "two layers": separate(),
+    "scaled, both": separate(
+        [node("Mul", ["q.t", "scale"], ["q.s"], "scale q"), node("Div", ["k.t", "scale"], ["k.s"], "scale k")],
+        "q.s",
+        "k.s",
+    ),
+    "nothing but the keys' layer can take it": separate([node("Tanh", ["q.t"], ["q.b"], "bend")], "q.b"),
+    "places of their own": separate(
+        [node("Add", ["q.t", "place"], ["q.p"], "places")], "q.p", place=r((LENGTH, COLUMNS))
+    ),
+    "places of their own, per head": separate(
+        [node("Sub", ["q.t", "place"], ["q.p"], "places")], "q.p", place=r((1, HEADS, LENGTH, COLUMNS))
+    ),
+    "FusedMatMul": case(
+        [
+            *layer("q")[0],
+            *layer("k")[0],
+            *by_heads("q"),
+            *by_heads("k"),
+            node("FusedMatMul", ["q.t", "k.t"], ["y"], "product", domain="com.microsoft", transB=1, alpha=0.25),
+        ],
+        layer("q")[1] | layer("k")[1],
+    ),
+    "packed, split": packed_split(),
+    "packed, turned and gathered": packed_gather(),
+    "Einsum": einsum(),
+    "convolutions": convolutions(),
+    "shared keys": shared_keys(),
+}
+
+
+def made(of: Case) -> onnx.ModelProto:
+    model = model_of(of)
+    constants = {
+        **SHAPE,
+        "fours": np.array([0, LENGTH, HEADS, 4]),
+        "five": np.array([0, LENGTH, 3, HEADS, COLUMNS]),
+        "split": np.array([0, HEADS, COLUMNS, -1]),
+        "at0": np.array(0),
+        "at1": np.array(1),
+        "one": np.array([1]),
+        "twice": np.array([1, HEADS, 1, 1]),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in constants.items())
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5), "scale"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def columns_removed(model: onnx.ModelProto) -> tuple[Analysis, Plan]:
+    """The plan that keeps the same query and key columns of every head."""
+    analysis = analyse(load(model))
+    product = next(n for n in analysis.graph.nodes if n.label == "product")
+    over = [a for c in analysis.contractions[product.index] for a in atoms(c.over)]
+    group = next(g for g in analysis.groups if g.atom in over)
+    return analysis, Plan({group.id: np.array([k for k in KEPT if k < group.size])})
+
+
+def factors(model: onnx.ModelProto | Model, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The product's inputs, (samples, heads, rows, columns), and its output."""
+    graph = Function(model).graph
+    product = next(n for n in graph.nodes if n.label == "product")
+    found = []
+    for name in (*product.inputs, product.outputs[0]):
+        proto = onnx.ModelProto()
+        proto.CopyFrom(graph.model.proto)
+        del proto.graph.output[:]
+        proto.graph.output.append(onnx.ValueInfoProto(name=name))
+        found.append(Function(Model(proto, graph.model.payloads))(x))
+    q, k, y = found
+    if product.op == "Einsum":
+        q, k = k.transpose(0, 2, 1, 3), q.transpose(0, 2, 1, 3)
+    elif "Fused" not in product.op:
+        k = k.swapaxes(-1, -2)
+    return q, k, y
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_brute_force(name):
+    model = made(CASES[name])
+    analysis, plan = columns_removed(model)
+    x = r((9, LENGTH, WIDTH))
+    q, k, _ = factors(rewrite(analysis, plan), x)
+    wanted = factors(model, x)[2]
+
+    repaired = repair(analysis, plan, [{"x": x}], ridges=(0.0,))
+
+    assert [(c.label, c.mode) for c in repaired.consumers if c.columns == len(KEPT)] == [("product", "ls")]
+    assert not repaired.left
+    found = factors(repaired.model, x)[2]
+    for h in range(HEADS):
+        matrix = np.einsum("bic,bjd->bijcd", q[:, h], k[:, h]).reshape(-1, len(KEPT) ** 2)
+        best = np.linalg.lstsq(matrix, wanted[:, h].reshape(-1), rcond=None)[0]
+        np.testing.assert_allclose(found[:, h].reshape(-1), matrix @ best, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["packed, split", "packed, turned and gathered"])
+def test_of_a_packed_layer_the_queries_alone_change(name):
+    model = made(CASES[name])
+    analysis, plan = columns_removed(model)
+    before = stored(rewrite(analysis, plan))
+    after = stored(repair(analysis, plan, [{"x": r((9, LENGTH, WIDTH))}]).model)
+    of_queries = HEADS * len(KEPT)
+    for n in ("wall", "ball"):
+        assert not np.isclose(before[n][..., :of_queries], after[n][..., :of_queries]).any()
+        np.testing.assert_array_equal(before[n][..., of_queries:], after[n][..., of_queries:])
+
+
+LEFT = {
+    "both are bent": (
+        separate([node("Tanh", [n], [f"{n}.b"], f"bend {n}") for n in ("q.t", "k.t")], "q.t.b", "k.t.b"),
+        "Tanh 'bend q.t' lies between it and a layer",
+    ),
+    "scaled place by place": (
+        separate(
+            [node("Mul", ["q.t", "down"], ["q.s"], "scale q"), node("Mul", ["k.t", "across"], ["k.s"], "scale k")],
+            "q.s",
+            "k.s",
+            down=r((LENGTH, 1)),
+            across=r(LENGTH),
+        ),
+        "Mul 'scale q' lies between it and a layer",
+    ),
+    "rotated": (rotary(), "lies between it and a layer"),
+    "read twice": (
+        separate([node("Tanh", [n], [f"{n}.b"], f"bend {n}") for n in ("q.t", "k.t")]),
+        "reads the same outputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_absorb_it_is_left_with_the_reason(name):
+    of, reason = LEFT[name]
+    model = made(of)
+    if name == "read twice":
+        extra = [node("ReduceSum", [f"{n}.b"], [f"{n}.sum"], keepdims=0) for n in ("q.t", "k.t")]
+        model.graph.node[-1].output[0] = "scores"
+        model.graph.node.extend([*extra, node("Sum", ["scores", *(n.output[0] for n in extra)], ["y"], "sum")])
+    analysis, plan = columns_removed(model)
+    repaired = repair(analysis, plan, [{"x": r((9, LENGTH, WIDTH))}])
+    assert [x.label for x in repaired.left] == ["product"]
+    assert reason in repaired.left[0].reason
+    assert "product" not in [c.label for c in repaired.consumers]
+
+
+def grams(samples: int, heads: int, width: int, whole: int, rows: int = 9) -> tuple[Grams, list[np.ndarray]]:
+    """Of independent columns, of which the first `width` are kept."""
+    wholes = [r((samples, heads, rows + n, whole)) for n in (0, 2)]
+    given = [*(x[..., :width] for x in wholes), *wholes]
+    found = Grams.zeros(heads, width)
+    found.add(*(x[: samples // 2] for x in given))
+    found.add(*(x[samples // 2 :] for x in given))
+    return found, given
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0])
+def test_ridge_pulls_towards_the_identity(size):
+    """As rows of their own: the penalty is r |A - I|^2, with r in units of the matrix's mean diagonal."""
+    held, (q, k, whole_q, whole_k) = grams(6, 2, 3, 5)
+    ((found, _),) = bilinear(held, [size])
+    for h in range(2):
+        matrix = np.einsum("bic,bjd->bijcd", q[:, h], k[:, h]).reshape(-1, 9)
+        root = np.sqrt(size * np.square(matrix).sum() / 9)
+        wanted = np.einsum("bic,bjc->bij", whole_q[:, h], whole_k[:, h]).reshape(-1)
+        matrix, wanted = np.vstack([matrix, root * np.eye(9)]), np.concatenate([wanted, root * np.eye(3).reshape(-1)])
+        best = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
+        np.testing.assert_allclose(found[h].reshape(-1), best, rtol=0, atol=1e-8)
+
+
+def test_conjugate_gradients_give_the_same(monkeypatch):
+    held, _ = grams(7, 3, 6, 9)
+    ridges = (1e-6, 1e-2, 1.0)
+    dense = bilinear(held, ridges)
+    monkeypatch.setattr("onnxprune.reconstruct.bilinear.DENSE", 1)
+    for (a, _), (b, _) in zip(dense, bilinear(held, ridges), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-7)
+
+
+def test_error_is_the_sum_of_squares():
+    held, (q, k, whole_q, whole_k) = grams(5, 2, 3, 4)
+    mixed = r((2, 3, 3))
+    wanted = np.square(whole_q @ whole_k.swapaxes(2, 3) - q @ mixed @ k.swapaxes(2, 3)).sum()
+    assert held.error(mixed) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_what_is_no_better_on_samples_that_were_held_out_is_dropped():
+    """One short sample and no ridge: exact there, and far off elsewhere."""
+    fit, _ = grams(1, 1, 6, 8, rows=3)
+    held, _ = grams(8, 1, 6, 8)
+    found = solve_bilinear(fit, held, ridges=(0.0,))
+    assert found.mode == "none" and found.after == found.before
+    np.testing.assert_array_equal(found.mixed[0], np.eye(6))
