@@ -227,7 +227,7 @@ OTHERS: dict[str, Other] = {
     ),
     "silero_vad_half": Voice("above", {"state": "stateN"}, shapes={"state": (2, 1, 128)}),
     "ezkl_fr_age": Faces(mean=IMAGENET[0], std=IMAGENET[1]),
-    "antispoof_bin_128": Faces(std=255.0),
+    "antispoof_bin_128": Faces("argmax", std=255.0),
     "blazeface_front": Faces(mean=127.5, std=127.5, last=True),
     "blazeface_back": Faces(mean=127.5, std=127.5, last=True),
     "yunet_n_dynamic": Faces(bgr=True),

@@ -32,6 +32,7 @@ import dataclasses
 import json
 import logging
 import time
+import traceback
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -272,10 +273,21 @@ def chosen(paths: list[Path], only: list[str]) -> list[Path]:
 
 
 def read(path: Path) -> list[Row]:
-    """Rows that are in the file: of a cell that was tried again, the last."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return list({tuple(r.get(k) for k in KEY): r for r in found}.values())
+    """Rows that are in the file: of a cell that was tried again, the last. What was cut off in the middle is none."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        found[tuple(row.get(k) for k in KEY)] = row
+    return list(found.values())
+
+
+def append(path: Path, row: Row) -> None:
+    print(told(row), flush=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def told(row: Row) -> str:
@@ -321,17 +333,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(machine_note(), flush=True)
     done = {tuple(r.get(k) for k in KEY) for r in read(options.rows) if "why" not in r}
+    if options.rows.exists() and not options.rows.read_bytes().endswith(b"\n"):  # it was cut off there
+        options.rows.write_bytes(options.rows.read_bytes() + b"\n")
     for model in chosen(options.models, options.only):
         try:
             for row in Table(model, options, done).rows():
-                print(told(row), flush=True)
-                with options.rows.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-        except OnnxPruneError as error:
-            row = {"model": model.stem, "why": f"{type(error).__name__}: {error}"}
-            print(told(row), flush=True)
-            with options.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                append(options.rows, row)
+        except Exception as error:  # hours of other models may be ahead
+            if not isinstance(error, OnnxPruneError):
+                traceback.print_exc()
+            append(options.rows, {"model": model.stem, "why": f"{type(error).__name__}: {error}"})
     report(read(options.rows))
 
 
