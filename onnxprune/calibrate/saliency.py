@@ -105,7 +105,12 @@ def _readers(watched: Watched, group: Group) -> Iterator[_Reader]:
         parameter = graph.parameters[node.inputs[w]]
         linear = rule(node, w, [graph.shapes.get(n) if n else None for n in node.inputs]) if rule is not None else None
         form = None if linear is None or parameter.elem_type not in FLOATS else unfolded(linear)
-        if form is None or linear is None or node.inputs[linear.x] != read.operands[0].tensor:
+        if (
+            form is None
+            or linear is None
+            or not linear.weight_shape
+            or node.inputs[linear.x] != read.operands[0].tensor
+        ):
             continue
         units = unit_of(analysis.uses[read.node, w][axis], group.atom)
         laid = units.reshape([-1 if k == axis else 1 for k in range(len(parameter.shape))])

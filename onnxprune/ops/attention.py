@@ -12,9 +12,9 @@ from typing import Any
 from onnxprune.axes.expr import Expr
 from onnxprune.ops.lazy import kernels
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, Linear, MirrorContext, NodeView, PatchContext, Shape, Term
 
-__all__ = ["OPERATORS", "attended", "attention_macs", "given", "scale_of", "value_dead"]
+__all__ = ["OPERATORS", "attended", "attention_macs", "by_heads", "given", "scale_of", "value_dead"]
 
 _run = kernels("attention")
 _linear = kernels("linear_attention")
@@ -119,6 +119,32 @@ def patch_onnx_attention(p: PatchContext) -> None:
         p.set_attr("kv_num_heads", p.noted("kv"))
 
 
+def by_heads(heads: int, shared: int) -> Linear:
+    """The product of queries (b, s, heads d) and keys (b, l, shared d), before it is scaled and masked."""
+    return Linear(
+        0,
+        1,
+        (("b", "s", "h", "r", "d"), ("b", "l", "h", "d"), ("b", "h", "r", "s", "l")),
+        (),
+        unfold=lambda q: q.unflatten(-1, (shared, heads // shared, -1)),
+        unfold_weight=lambda k: k.unflatten(-1, (shared, -1)),
+        inside=True,
+    )
+
+
+def onnx_attention_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    q, k = shapes[0], shapes[1]
+    if w != 1 or q is None or k is None or any(node.inputs[4:6]):  # past keys are of another layer
+        return None
+    if len(q) == 3:
+        return by_heads(int(node.attributes["q_num_heads"]), int(node.attributes["kv_num_heads"]))
+    heads, shared = q[1], k[1]
+    if heads is None or shared is None:
+        return None
+    terms = (("b", "h", "r", "s", "d"), ("b", "h", "l", "d"), ("b", "h", "r", "s", "l"))
+    return Linear(0, 1, terms, (), unfold=lambda x: x.unflatten(1, (shared, heads // shared)), inside=True)
+
+
 def given(m: MirrorContext, *inputs: int) -> list[Any]:
     """These inputs as tensors; None for those that are absent."""
     return [m.optional(i) for i in inputs]
@@ -183,7 +209,13 @@ OPERATORS = (
         "RotaryEmbedding", rotary_axes, rotary_dead, patch=patch_rotary, mirror=rotary_mirror, fixed=frozenset({1, 2})
     ),
     Operator(
-        "Attention", onnx_attention_axes, value_dead, attention_macs, patch_onnx_attention, mirror=onnx_attention_mirror
+        "Attention",
+        onnx_attention_axes,
+        value_dead,
+        attention_macs,
+        patch_onnx_attention,
+        mirror=onnx_attention_mirror,
+        linear=onnx_attention_linear,
     ),
     Operator("LinearAttention", mirror=linear_attention_mirror),
     Operator("CausalConvWithState", mirror=causal_conv_mirror),

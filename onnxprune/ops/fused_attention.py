@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from onnxprune.axes.expr import Expr
-from onnxprune.ops.attention import attended, attention_macs, given, scale_of, value_dead
+from onnxprune.ops.attention import attended, attention_macs, by_heads, given, scale_of, value_dead
 from onnxprune.ops.lazy import kernels
 from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MirrorContext, NodeView, PatchContext, Term
+from onnxprune.ops.rules import AxisContext, GiveUp, Kind, Linear, MirrorContext, NodeView, PatchContext, Shape, Term
 
 __all__ = ["OPERATORS"]
 
@@ -248,6 +248,26 @@ def embed_mirror(m: MirrorContext) -> Any:
     return [found[j] for j in range(len(m.node.outputs))]
 
 
+def packed_attention_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """What x gives to queries, keys and values, before anything is done with them."""
+    weight = shapes[w]
+    if w != 1 or weight is None or None in weight:
+        return None
+    inputs, outputs = (int(n or 0) for n in weight)
+    bias = 2 if len(node.inputs) > 2 and node.inputs[2] else None
+    return Linear(0, 1, (("b", "s", "k"), ("k", "o"), ("b", "s", "o")), (inputs, outputs), bias=bias, inside=True)
+
+
+def multi_head_linear(node: NodeView, w: int, shapes: Sequence[Shape]) -> Linear | None:
+    """Queries times keys, where neither a bias nor past keys are added inside."""
+    if w != 1 or any(node.inputs[i] for i in (3, 6) if i < len(node.inputs)):
+        return None
+    if any(s is None or len(s) != 3 for s in shapes[:2]):
+        return None
+    heads = int(node.attributes["num_heads"])
+    return by_heads(heads, heads)
+
+
 OPERATORS = (
     Operator(
         "com.microsoft::Attention",
@@ -257,6 +277,7 @@ OPERATORS = (
         patch_packed_attention,
         shape=packed_attention_shape,
         mirror=packed_attention_mirror,
+        linear=packed_attention_linear,
     ),
     Operator(
         "com.microsoft::MultiHeadAttention",
@@ -266,6 +287,7 @@ OPERATORS = (
         patch_heads,
         shape=multi_head_shape,
         mirror=multi_head_mirror,
+        linear=multi_head_linear,
     ),
     Operator(
         "com.microsoft::GroupQueryAttention",

@@ -86,10 +86,10 @@ class Linear:
 
     x, w, bias: inputs; bias is None where the node has no place for one. terms: the labels of the axes of x, w and y,
     as in an einsum. unfold, unfold_output: torch views of x and of the node's output with these axes; weight_shape:
-    that of w, where it is stored; unfold_weight: as unfold, where it is computed from the data too. inside: y is not
-    the node's output but something in it. scale: of the product, bias_scale: of the bias. lay: a number per channel, in
-    y's order, as the stored bias holds it. channel: the axis of the output that the channels are on, None where they
-    aren't on one.
+    that of w, () where no stored w would do; unfold_weight: as unfold, where it is computed from the data too. inside:
+    y is not the node's output but something in it. scale: of the product, bias_scale: of the bias. lay: a number per
+    channel, in y's order, as the stored bias holds it. channel: the axis of the output that the channels are on, None
+    where they aren't on one.
     """
 
     x: int

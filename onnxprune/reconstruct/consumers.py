@@ -128,7 +128,7 @@ class _Finder:
         rule = self.analysis.registry[node.op].linear
         linear = rule(small, w, self.shapes(self.pruned, small)) if rule is not None else None
         form = unfolded(linear) if linear is not None else None
-        if linear is None or form is None:
+        if linear is None or form is None or not linear.weight_shape:
             return "this form of the operator has no closed form"
         name = small.inputs[w]
         parameter = self.pruned.parameters.get(name)

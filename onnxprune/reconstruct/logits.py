@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from onnxprune.axes.analysis import Analysis
-from onnxprune.axes.expr import Atom, atoms, kept
+from onnxprune.axes.expr import Atom, Expr, atoms, kept
 from onnxprune.model.graph import Graph, Node
-from onnxprune.ops.rules import Contraction
+from onnxprune.ops.rules import Contraction, Linear
 from onnxprune.reconstruct.bilinear import DENSE, Grams
 from onnxprune.reconstruct.routes import Layer, Route, Unknown, route
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
@@ -40,14 +41,49 @@ class Mixed:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Mask:
+    """Kept indices of an axis. sizes: (-1, n) or (n, -1) where they are of one factor of the axis, and its size; the
+    other one is a batch."""
+
+    axis: int
+    kept: np.ndarray
+    size: int
+    sizes: tuple[int, int] | None = None
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        kept = torch.from_numpy(self.kept)
+        if self.sizes is None:
+            return tensor.index_select(self.axis, kept)
+        at = self.axis + int(self.sizes[0] < 0)
+        return tensor.unflatten(self.axis, self.sizes).index_select(at, kept).flatten(self.axis, self.axis + 1)
+
+    def fits(self, tensor: Tensor) -> bool:
+        size = tensor.shape[self.axis]
+        return size == self.size if self.sizes is None else not size % max(self.sizes)
+
+    def of_factor(self, sizes: tuple[int, int]) -> Mask:
+        """Of the factor that has so many indices left, where it is one of it."""
+        left = max(sizes)
+        others = len(self.kept) // left
+        size = self.size // others
+        inner = sizes[0] < 0
+        kept = self.kept[:left] if inner else self.kept[::others] // others
+        index = np.arange(others)
+        whole = index[:, None] * size + kept if inner else kept[:, None] * others + index
+        if not np.array_equal(whole.reshape(-1), self.kept):
+            return self
+        return Mask(self.axis, kept, self.size, (-1, size) if inner else (size, -1))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Operand:
-    """One factor. name: in the pruned model; of: in the original. masks: per axis there, what the plan keeps, and all
-    of the columns. order: its labels' places as (samples, heads, rows, columns), each some labels; None: it has no such
+    """One factor. name: in the pruned model; of: in the original. masks: by axis there, what the plan keeps, and all of
+    the columns. order: its labels' places as (samples, heads, rows, columns), each some labels; None: it has no such
     axis, and the same for all of them."""
 
     name: str
     of: str
-    masks: tuple[np.ndarray | None, ...]
+    masks: tuple[Mask, ...]
     unfold: Callable[[Tensor], Tensor]
     order: tuple[tuple[int | None, ...], ...]
 
@@ -62,9 +98,13 @@ class Operand:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The original's, with what the plan keeps of everything but the columns."""
-        for axis, mask in enumerate(self.masks):
-            tensor = tensor if mask is None else tensor.index_select(axis, torch.from_numpy(mask))
+        for mask in self.masks:
+            tensor = mask.taken(tensor)
         return tensor
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether the original's tensor has axes that the masks are of."""
+        return all(m.fits(tensor) for m in self.masks)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -103,7 +143,9 @@ class Logits:
         limit: int,
         rng: np.random.Generator,
     ) -> None:
-        """Add at most so many samples of a batch."""
+        """Add at most so many samples of a batch; none where its axes are other ones than those that were analysed."""
+        if not self.left.fits(originals[0]) or not self.right.fits(originals[1]):
+            return
         q, k, whole_q, whole_k = self.rows(factors, originals)
         if len(q) > limit:
             chosen = np.sort(rng.choice(len(q), limit, replace=False))
@@ -180,54 +222,110 @@ def logits(
         return "both operands are computed from the data, and this form of the operator has no closed form"
     gone = set(atoms(contraction.over))
     whole = {a: m for a, m in keep.items() if a not in gone}
+    masks = [_masks(analysis.axes[node.inputs[i]], whole) for i in (first, second)]
     reasons = []
-    for left, right, views in (
-        ((first, 0), (second, 1), (linear.unfold, linear.unfold_weight)),
-        ((second, 1), (first, 0), (linear.unfold_weight, linear.unfold)),
-    ):
+    for side in (0, 1):
         try:
-            found = route(pruned, analysis.registry, (small, left[0]), layer_of, owned)
-            heads, channels, mixed = _mixed(found, linear.terms[left[1]], form.columns[0], views[0], pruned, owned)
+            found = route(pruned, analysis.registry, (small, (first, second)[side]), layer_of, owned)
+            divided = _divided(_Terms.of(linear), found, side, form.columns[0], masks[side])
+            heads, channels, mixed = _mixed(found, divided, side, form.columns[0], pruned, owned)
         except Unknown as reason:
             reasons.append(str(reason))
             continue
         if channels.shape[1] > WIDEST:
             return f"{channels.shape[1]} columns that two tensors computed from the data share are too many"
-        samples = tuple(n for n in form.groups if n not in heads)
-        operands = []
-        for (i, term), view in zip((left, right), views, strict=True):
-            labels = linear.terms[term]
-            rows = tuple(n for n in labels if n not in (*samples, *heads, *form.columns))
-            order = tuple(
-                tuple(labels.index(n) if n in labels else None for n in part)
-                for part in (samples, heads, rows, form.columns)
-            )
-            masks = tuple(kept(e, whole) for e in analysis.axes[node.inputs[i]])
-            operands.append(Operand(small.inputs[i], node.inputs[i], masks, view, order))
+        orders = divided.orders(heads, form.columns)
+        made = [
+            Operand(small.inputs[i], node.inputs[i], divided.masks(n, masks[n]), divided.unfold[n], orders[n])
+            for n, i in enumerate((first, second))
+        ]
         layer = found.layer
-        one, other = operands
-        return Logits(node.label, node.op, groups, one, other, layer.form, layer.weight, channels, mixed)
+        sides = made[side], made[1 - side]
+        return Logits(node.label, node.op, groups, *sides, layer.form, layer.weight, channels, mixed)
     return f"both operands are computed from the data: {'; '.join(dict.fromkeys(reasons))}"
 
 
+def _masks(axes: Sequence[Expr], keep: Mapping[Atom, np.ndarray]) -> tuple[Mask, ...]:
+    found = ((k, e, kept(e, keep)) for k, e in enumerate(axes))
+    return tuple(Mask(k, m, e.size) for k, e, m in found if m is not None)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Terms:
+    """Labels of both operands' axes, and the views that have these axes. parted: per operand, the axes of the tensor
+    that are two labels, and their sizes."""
+
+    labels: tuple[tuple[str, ...], tuple[str, ...]]
+    unfold: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+    parted: tuple[Mapping[int, tuple[int, int]], Mapping[int, tuple[int, int]]] = ({}, {})
+
+    @classmethod
+    def of(cls, linear: Linear) -> _Terms:
+        return cls((linear.terms[0], linear.terms[1]), (linear.unfold, linear.unfold_weight))
+
+    def seen(self, side: int, array: np.ndarray, column: str) -> np.ndarray:
+        """An array of an operand's shape with its columns last."""
+        view = self.unfold[side](torch.from_numpy(np.array(array))).numpy()
+        return np.moveaxis(view, self.labels[side].index(column), -1)
+
+    def split(self, label: str, sizes: tuple[int, int]) -> _Terms:
+        """With two labels in place of one, which both operands have."""
+        labels, views, parted = [], [], []
+        for own, unfold in zip(self.labels, self.unfold, strict=True):
+            at = own.index(label)
+            labels.append((*own[:at], f"{label}.0", f"{label}.1", *own[at + 1 :]))
+            views.append(partial(_unflattened, unfold, at, sizes))
+            parted.append({at: sizes})
+        return _Terms((labels[0], labels[1]), (views[0], views[1]), (parted[0], parted[1]))
+
+    def masks(self, side: int, masks: Sequence[Mask]) -> tuple[Mask, ...]:
+        parted = self.parted[side]
+        return tuple(m.of_factor(parted[m.axis]) if m.axis in parted else m for m in masks)
+
+    def orders(self, heads: Sequence[str], columns: Sequence[str]) -> list[tuple[tuple[int | None, ...], ...]]:
+        """`Operand.order` of both."""
+        samples = [n for n in self.labels[0] if n in self.labels[1] and n not in (*heads, *columns)]
+        found = []
+        for own in self.labels:
+            rows = [n for n in own if n not in (*samples, *heads, *columns)]
+            parts = (samples, heads, rows, columns)
+            found.append(tuple(tuple(own.index(n) if n in own else None for n in part) for part in parts))
+        return found
+
+
+def _unflattened(unfold: Callable[[Tensor], Tensor], axis: int, sizes: tuple[int, int], x: Tensor) -> Tensor:
+    return unfold(x).unflatten(axis, sizes)
+
+
+def _divided(terms: _Terms, found: Route, side: int, column: str, masks: Sequence[Mask]) -> _Terms:
+    """With batches and heads told apart where they share an axis. masks: of the operand in the original."""
+    channels = terms.seen(side, found.channels, column)
+    if channels.size != found.channels.size or channels.ndim != found.channels.ndim:
+        return terms
+    by_axis = {m.axis: m for m in masks}
+    for k, label in enumerate(n for n in terms.labels[side] if n != column):
+        rows = np.moveaxis(channels, k, 0).reshape(channels.shape[k], -1, channels.shape[-1])[:, 0]
+        heads, of = np.unique(rows, axis=0, return_inverse=True)
+        of, count, mask = of.reshape(-1), len(heads), by_axis.get(terms.labels[side].index(label))
+        if count == len(rows) or len(rows) % count or label not in terms.labels[1 - side] or (count == 1 and not mask):
+            continue
+        inner = np.all(of.reshape(-1, count) == of[:count])
+        outer = np.all(of.reshape(count, -1) == of[:: len(rows) // count, None])
+        for holds, sizes in ((inner, (-1, count)), (outer, (count, -1))):
+            if holds and (mask is None or mask.of_factor(sizes) is not mask):
+                return terms.split(label, sizes)
+    return terms
+
+
 def _mixed(
-    found: Route,
-    labels: Sequence[str],
-    column: str,
-    unfold: Callable[[Tensor], Tensor],
-    pruned: Graph,
-    owned: Callable[[str], bool],
+    found: Route, terms: _Terms, side: int, column: str, pruned: Graph, owned: Callable[[str], bool]
 ) -> tuple[tuple[str, ...], np.ndarray, tuple[Mixed, ...]]:
     """Labels of heads, channels (heads, columns) and what goes along. Raises Unknown where a head's columns are not a
     set of the layer's outputs of their own, at every place the same."""
     if not owned(found.layer.weight):
         raise Unknown("several nodes share the weight of its layer")
-
-    def seen(array: np.ndarray) -> np.ndarray:
-        return np.moveaxis(unfold(torch.from_numpy(np.array(array))).numpy(), labels.index(column), -1)
-
-    others = [n for n in labels if n != column]
-    channels, rows = seen(found.channels), seen(found.rows)
+    others = [n for n in terms.labels[side] if n != column]
+    channels, rows = (terms.seen(side, a, column) for a in (found.channels, found.rows))
     if not np.all(rows == rows[..., :1]):
         raise Unknown("its columns come from several rows of its layer")
     varies = [k for k in range(len(others)) if not np.all(channels == channels.take([0], k))]
@@ -239,7 +337,7 @@ def _mixed(
         raise Unknown("several heads share its columns" if g == 1 else "its columns are of several groups of its layer")
     laid = np.arange(len(heads)).reshape([sizes[varies.index(k)] if k in varies else 1 for k in range(len(others))])
     head = np.broadcast_to(laid, channels.shape[:-1]).reshape(-1)
-    mixed = [_along(a.name, a.values, seen(a.at).reshape(-1, width), head) for a in found.added]
+    mixed = [_along(a.name, a.values, terms.seen(side, a.at, column).reshape(-1, width), head) for a in found.added]
     mixed.append(_bias(found.layer, heads, pruned, owned))
     return tuple(others[k] for k in varies), heads, tuple(m for m in mixed if m is not None)
 

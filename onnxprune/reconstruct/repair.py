@@ -360,6 +360,10 @@ class _Work:
     def finish_product(self, consumer: Logits, moments: tuple[Grams, Grams], seconds: float) -> None:
         start = time.perf_counter()
         fit, held = moments
+        if not fit.samples:
+            reason = "its axes are not those of the sizes that the file was analysed with"
+            self.left.append(Left(consumer.label, consumer.op, consumer.groups, reason))
+            return
         samples, nbytes = fit.samples + held.samples, fit.nbytes(fit.samples + held.samples, *consumer.sizes())
         solution = solve_bilinear(fit, held, self.ridges)
         if solution.mode != "none":

@@ -139,6 +139,20 @@ def rotary() -> Case:
     return case(nodes, a | b | {"cos": np.cos(angles), "sin": np.sin(angles)})
 
 
+def one_axis(*, heads_first: bool) -> Case:
+    """Samples and heads lie in one axis."""
+    (first, a), (second, b) = layer("q"), layer("k")
+    nodes = [*first, *second]
+    for n, last in (("q", [1, 2]), ("k", [2, 1])):
+        outer = [2, 0] if heads_first else [0, 2]
+        perm = [*outer, *({1: 1, 2: 3}[k] for k in last)]
+        nodes += [
+            *by_heads(n, perm),
+            node("Reshape", [f"{n}.t", f"flat {n}"], [f"{n}.f"], f"one axis of {n}"),
+        ]
+    return case([*nodes, node("MatMul", ["q.f", "k.f"], ["y"], "product")], a | b)
+
+
 CASES = {
     "two layers": separate(),
     "scaled, both": separate(
@@ -165,6 +179,8 @@ CASES = {
     ),
     "packed, split": packed_split(),
     "packed, turned and gathered": packed_gather(),
+    "samples and heads in one axis": one_axis(heads_first=False),
+    "heads and samples in one axis": one_axis(heads_first=True),
     "Einsum": einsum(),
     "convolutions": convolutions(),
     "shared keys": shared_keys(),
@@ -175,6 +191,8 @@ def made(of: Case) -> onnx.ModelProto:
     model = model_of(of)
     constants = {
         **SHAPE,
+        "flat q": np.array([-1, LENGTH, COLUMNS]),
+        "flat k": np.array([-1, COLUMNS, LENGTH]),
         "fours": np.array([0, LENGTH, HEADS, 4]),
         "five": np.array([0, LENGTH, 3, HEADS, COLUMNS]),
         "split": np.array([0, HEADS, COLUMNS, -1]),
@@ -209,6 +227,11 @@ def factors(model: onnx.ModelProto | Model, x: np.ndarray) -> tuple[np.ndarray, 
         del proto.graph.output[:]
         proto.graph.output.append(onnx.ValueInfoProto(name=name))
         found.append(Function(Model(proto, graph.model.payloads))(x))
+    if found[0].ndim == 3:  # samples and heads lie in one axis
+        turn = next(n for n in graph.nodes if n.label == "turn q").attributes["perm"]
+        heads = len(found[0]) // len(x)
+        by = [f.reshape(heads, -1, *f.shape[1:]) if turn[0] == 2 else f.reshape(-1, heads, *f.shape[1:]) for f in found]
+        found = [f.swapaxes(0, 1) if turn[0] == 2 else f for f in by]
     q, k, y = found
     if product.op == "Einsum":
         q, k = k.transpose(0, 2, 1, 3), q.transpose(0, 2, 1, 3)
@@ -234,6 +257,55 @@ def test_products_are_those_of_brute_force(name):
         matrix = np.einsum("bic,bjd->bijcd", q[:, h], k[:, h]).reshape(-1, len(KEPT) ** 2)
         best = np.linalg.lstsq(matrix, wanted[:, h].reshape(-1), rcond=None)[0]
         np.testing.assert_allclose(found[:, h].reshape(-1), matrix @ best, rtol=0, atol=1e-8)
+
+
+def attention(of: Case) -> onnx.ModelProto:
+    """What a case multiplies, as the logits of an attention, with values and a projection behind it."""
+    model = made(of)
+    model.graph.node[-1].output[0] = "logits"
+    flat = any(n.output[0] == "q.f" for n in model.graph.node)
+    (values, weights), turn = layer("v"), next(n for n in model.graph.node if n.name == "turn q")
+    perm = list(helper.get_node_attr_value(turn, "perm"))
+    rest = [*values, *by_heads("v", perm)]
+    if flat:
+        rest.append(node("Reshape", ["v.t", "flat q"], ["v.f"], "one axis of v"))
+    rest += [
+        node("Softmax", ["logits"], ["shares"], "softmax", axis=-1),
+        node("MatMul", ["shares", "v.f" if flat else "v.t"], ["mixed"], "mix"),
+    ]
+    if flat:
+        rest.append(node("Reshape", ["mixed", "apart"], ["mixed.a"], "two axes"))
+    turned = np.argsort(perm)
+    rest += [
+        node("Transpose", ["mixed.a" if flat else "mixed"], ["mixed.t"], "turn back", perm=[int(k) for k in turned]),
+        node("Reshape", ["mixed.t", "rows"], ["rows of heads"], "heads together"),
+        node("MatMul", ["rows of heads", "wo"], ["y"], "out"),
+    ]
+    model.graph.node.extend(rest)
+    apart = [HEADS, -1, LENGTH, COLUMNS] if perm[0] == 2 else [-1, HEADS, LENGTH, COLUMNS]
+    shapes = {"apart": np.array(apart), "rows": np.array([0, 0, ALL])}
+    weights = {**weights, "wo": r((ALL, 4)), **shapes}
+    model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in weights.items())
+    return model
+
+
+@pytest.mark.parametrize("name", ["two layers", "samples and heads in one axis", "heads and samples in one axis"])
+def test_heads_that_go_as_a_whole_are_left_out_of_the_products(name):
+    model = attention(CASES[name])
+    analysis, plan = columns_removed(model)
+    heads = next(g for g in analysis.groups if g.size == HEADS and any(m.initializer == "wq" for m in g.members))
+    plan = Plan({**plan.keep, heads.id: np.array([1])})
+    x = r((9, LENGTH, WIDTH))
+    q, k, _ = factors(rewrite(analysis, plan), x)
+    wanted = factors(model, x)[2][:, 1]
+
+    repaired = repair(analysis, plan, [{"x": x}], ridges=(0.0,))
+
+    assert {c.label: c.mode for c in repaired.consumers} == {"product": "ls", "out": "ls"} and not repaired.left
+    found = factors(repaired.model, x)[2]
+    matrix = np.einsum("bic,bjd->bijcd", q[:, 0], k[:, 0]).reshape(-1, len(KEPT) ** 2)
+    best = np.linalg.lstsq(matrix, wanted.reshape(-1), rcond=None)[0]
+    np.testing.assert_allclose(found.reshape(-1), matrix @ best, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["packed, split", "packed, turned and gathered"])
