@@ -308,6 +308,65 @@ def test_heads_that_go_as_a_whole_are_left_out_of_the_products(name):
     np.testing.assert_allclose(found.reshape(-1), matrix @ best, rtol=0, atol=1e-8)
 
 
+def fused(op: str, *, flat: bool = True, shared: int = HEADS, **attributes: object) -> onnx.ModelProto:
+    """Queries of all heads and keys and values of `shared` ones, and an operator that does the rest."""
+    weights: dict[str, np.ndarray] = {}
+    nodes: list[onnx.NodeProto] = []
+    for n, heads in (("q", HEADS), ("k", shared), ("v", shared)):
+        more, stored_weights = layer(n, outputs=heads * COLUMNS)
+        nodes += more if flat else [*more, *by_heads(n)]
+        weights |= stored_weights
+    inputs = list("qkv") if flat else ["q.t", "k.t", "v.t"]
+    nodes.append(
+        node(op.rpartition("::")[2], inputs, ["mixed"], "product", domain=op.rpartition("::")[0], **attributes)
+    )
+    if not flat:
+        nodes += [
+            node("Transpose", ["mixed"], ["mixed.t"], "turn back", perm=[0, 2, 1, 3]),
+            node("Reshape", ["mixed.t", "rows"], ["mixed.r"], "heads together"),
+        ]
+    nodes.append(node("MatMul", ["mixed" if flat else "mixed.r", "wo"], ["y"], "out"))
+    model = made(case(nodes, {**weights, "wo": r((ALL, 4))}))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, ALL]), "rows"))
+    model.opset_import[0].version = 23
+    return model
+
+
+FUSED = {
+    "MultiHeadAttention": {"op": "com.microsoft::MultiHeadAttention", "num_heads": HEADS},
+    "Attention": {"op": "Attention", "q_num_heads": HEADS, "kv_num_heads": HEADS, "is_causal": 1},
+    "Attention, shared keys": {"op": "Attention", "q_num_heads": HEADS, "kv_num_heads": 1, "shared": 1},
+    "Attention, by heads": {"op": "Attention", "flat": False},
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_attention_as_if_it_were_a_product_of_its_own(name):
+    model = fused(**FUSED[name], scale=0.4)
+    analysis, plan = columns_removed(model)
+    before, original = stored(rewrite(analysis, plan)), stored(analysis.graph.model)
+    x = r((9, LENGTH, WIDTH))
+    h = np.tanh(x @ original["p.w"] + original["p.b"])
+
+    repaired = repair(analysis, plan, [{"x": x}], ridges=(0.0,))
+
+    assert {c.label: c.mode for c in repaired.consumers} == {"product": "ls", "out": "ls"} and not repaired.left
+    after = stored(repaired.model)
+    np.testing.assert_array_equal(before["wk"], after["wk"])
+
+    def by_head(weights: dict[str, np.ndarray], n: str, columns: int) -> np.ndarray:
+        return (h @ weights[f"w{n}"] + weights[f"b{n}"]).reshape(9, LENGTH, -1, columns).transpose(2, 0, 1, 3)
+
+    q, k, new = (by_head(w, n, len(KEPT)) for w, n in ((before, "q"), (before, "k"), (after, "q")))
+    wanted = by_head(original, "q", COLUMNS) @ by_head(original, "k", COLUMNS).swapaxes(2, 3)
+    for head in range(HEADS):
+        keys = k[head % len(k)]
+        matrix = np.einsum("bic,bjd->bijcd", q[head], keys).reshape(-1, len(KEPT) ** 2)
+        best = np.linalg.lstsq(matrix, wanted[head].reshape(-1), rcond=None)[0]
+        found = new[head] @ keys.swapaxes(1, 2)
+        np.testing.assert_allclose(found.reshape(-1), matrix @ best, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["packed, split", "packed, turned and gathered"])
 def test_of_a_packed_layer_the_queries_alone_change(name):
     model = made(CASES[name])

@@ -149,6 +149,22 @@ def test_recurrent_input_matrix_gives_the_gates_what_the_original_gave(op, gates
     np.testing.assert_array_equal(found["r"], weights["r"])
 
 
+def test_packed_attention_gives_its_heads_what_the_original_gave():
+    weights = {"w": r((6, 18)), "b": r(18)}
+    attended = node("Attention", ["h", "w", "b"], ["y"], "consumer", num_heads=2, domain="com.microsoft")
+    model = model_of(Case([attended], weights, (7, 5)))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    analysis, plan = planned(model)
+    x = r((4, 7, 5))
+    h = np.tanh(x @ stored(analysis.graph.model)["p.w"] + stored(analysis.graph.model)["p.b"]).reshape(28, 6)
+
+    found = stored(repair(analysis, plan, [{"x": x}], ridges=(0.0,)).model)
+
+    wanted = np.linalg.lstsq(np.column_stack([h[:, [0, 2, 3]], np.ones(28)]), h @ weights["w"], rcond=None)[0]
+    np.testing.assert_allclose(found["w"], wanted[:3], atol=1e-8)
+    np.testing.assert_allclose(found["b"], weights["b"] + wanted[3], atol=1e-8)
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
 def test_ridge_pulls_towards_the_weight_there_was(size):
     """As rows of their own: the penalty is n r |w' - w|^2, with r in units of the covariance's mean diagonal."""
