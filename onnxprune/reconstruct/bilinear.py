@@ -33,16 +33,19 @@ Linear = Callable[[np.ndarray], np.ndarray]
 @dataclass(eq=False, slots=True)
 class Grams:
     """q, k: per batch, Cq and Ck of its samples, (samples, heads, d, d). right: (heads, d, d), the right-hand side.
-    energy: (heads,), the sum of the squares of the products."""
+    energy, total: (heads,), the sums of the products' squares and of the products, of which there are `count` per head.
+    """
 
     right: np.ndarray
     energy: np.ndarray
+    total: np.ndarray
+    count: int = 0
     q: list[np.ndarray] = field(default_factory=list)
     k: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def zeros(cls, heads: int, width: int) -> Grams:
-        return cls(np.zeros((heads, width, width)), np.zeros(heads))
+        return cls(np.zeros((heads, width, width)), np.zeros(heads), np.zeros(heads))
 
     @staticmethod
     def nbytes(samples: int, heads: int, width: int) -> int:
@@ -60,13 +63,21 @@ class Grams:
         self.right += (_gram(q, whole_q) @ _gram(whole_k, k)).sum(0)
         own = _gram(whole_q, whole_q) * _gram(whole_k, whole_k)
         self.energy += own.sum((0, 2, 3))
+        self.total += (whole_q.sum(2) * whole_k.sum(2)).sum((0, 2))
+        self.count += len(q) * q.shape[2] * k.shape[2]
 
     def __iadd__(self, other: Grams) -> Grams:
         self.right += other.right
         self.energy += other.energy
+        self.total += other.total
+        self.count += other.count
         self.q += other.q
         self.k += other.k
         return self
+
+    def spread(self) -> float:
+        """Sum of squares of the products around each head's mean."""
+        return float((self.energy - np.square(self.total) / max(self.count, 1)).sum())
 
     def of_head(self, h: int) -> tuple[np.ndarray, np.ndarray]:
         """Cq and Ck of a head, (samples, d, d)."""
@@ -97,7 +108,7 @@ def solve_bilinear(fit: Grams, held: Grams, ridges: Sequence[float] = RIDGES) ->
     is no worse there. fit, held: two parts of the samples; `fit` becomes all."""
     judge = held if held.q else fit
     same = np.broadcast_to(np.eye(fit.right.shape[1]), fit.right.shape)
-    scale = max(float(judge.energy.sum()), np.finfo(float).tiny)
+    scale = max(judge.spread(), np.finfo(float).tiny)
     before = judge.error(same) / scale
     found = [(before, 0.0, "none")]
     if fit.q:

@@ -101,6 +101,8 @@ class _Tracer:
             found = self.moved(node, i)
             if isinstance(found, str):
                 raise Unknown(found)
+            if name not in found:
+                raise Unknown(f"{_shown(node)} lies between it and a layer")
             move = found[name]
             at = at.reshape(-1)[move.at]
             added = [Added(a.name, a.values, a.at.reshape(-1)[move.at]) for a in added]

@@ -462,6 +462,9 @@ def test_error_is_the_sum_of_squares():
     mixed = r((2, 3, 3))
     wanted = np.square(whole_q @ whole_k.swapaxes(2, 3) - q @ mixed @ k.swapaxes(2, 3)).sum()
     assert held.error(mixed) == pytest.approx(wanted, rel=1e-10)
+    products = whole_q @ whole_k.swapaxes(2, 3)
+    around = np.square(products - products.mean((0, 2, 3), keepdims=True)).sum()
+    assert held.spread() == pytest.approx(around, rel=1e-10)
 
 
 def test_what_is_no_better_on_samples_that_were_held_out_is_dropped():
