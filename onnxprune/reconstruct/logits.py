@@ -147,6 +147,8 @@ class Logits:
         if not self.left.fits(originals[0]) or not self.right.fits(originals[1]):
             return
         q, k, whole_q, whole_k = self.rows(factors, originals)
+        if any(x.shape[1] != len(self.channels) for x in (q, whole_q)):
+            return
         if len(q) > limit:
             chosen = np.sort(rng.choice(len(q), limit, replace=False))
             q, k, whole_q, whole_k = (x[chosen] for x in (q, k, whole_q, whole_k))

@@ -19,7 +19,7 @@ from onnxprune.model.infer import infer
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS
 from onnxprune.reconstruct import repair
-from onnxprune.reconstruct.bilinear import Grams, bilinear, solve_bilinear
+from onnxprune.reconstruct.bilinear import Grams
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.select.plan import Plan
 
@@ -67,6 +67,13 @@ def packed_split() -> Case:
     ]
     nodes += [*by_heads("q"), *by_heads("k", (0, 2, 3, 1)), node("MatMul", ["q.t", "k.t"], ["s"], "product")]
     return case([*nodes, node("Add", ["s", "v.sum"], ["y"], "rest")], weights)
+
+
+def packed_bias() -> Case:
+    """A bias that is put together, in which keys have none: nothing can be absorbed into the queries'."""
+    of = packed_split()
+    weights = {n: w for n, w in of.weights.items() if n != "ball"} | {"bq": r(ALL), "bk": np.zeros(ALL), "bv": r(ALL)}
+    return case([node("Concat", ["bq", "bk", "bv"], ["ball"], "biases", axis=0), *of.nodes], weights)
 
 
 def packed_gather() -> Case:
@@ -181,6 +188,7 @@ CASES = {
         layer("q")[1] | layer("k")[1],
     ),
     "packed, split": packed_split(),
+    "packed, with a bias that is put together": packed_bias(),
     "packed, turned and gathered": packed_gather(),
     "samples and heads in one axis": one_axis(heads_first=False),
     "heads and samples in one axis": one_axis(heads_first=True),
@@ -220,17 +228,21 @@ def columns_removed(model: onnx.ModelProto) -> tuple[Analysis, Plan]:
     return analysis, Plan({group.id: np.array([k for k in KEPT if k < group.size])})
 
 
+def tensor(model: onnx.ModelProto | Model, name: str, x: np.ndarray) -> np.ndarray:
+    """A tensor of a model by name."""
+    graph = Function(model).graph
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.model.proto)
+    del proto.graph.output[:]
+    proto.graph.output.append(onnx.ValueInfoProto(name=name))
+    return Function(Model(proto, graph.model.payloads))(x)
+
+
 def factors(model: onnx.ModelProto | Model, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The product's inputs, (samples, heads, rows, columns), and its output."""
     graph = Function(model).graph
     product = next(n for n in graph.nodes if n.label == "product")
-    found = []
-    for name in (*product.inputs, product.outputs[0]):
-        proto = onnx.ModelProto()
-        proto.CopyFrom(graph.model.proto)
-        del proto.graph.output[:]
-        proto.graph.output.append(onnx.ValueInfoProto(name=name))
-        found.append(Function(Model(proto, graph.model.payloads))(x))
+    found = [tensor(model, name, x) for name in (*product.inputs, product.outputs[0])]
     if found[0].ndim == 3:  # samples and heads lie in one axis
         turn = next(n for n in graph.nodes if n.label == "turn q").attributes["perm"]
         heads = len(found[0]) // len(x)
@@ -313,6 +325,10 @@ def test_heads_that_go_as_a_whole_are_left_out_of_the_products(name):
     matrix = np.einsum("bic,bjd->bijcd", q[:, 0], k[:, 0]).reshape(-1, len(KEPT) ** 2)
     best = np.linalg.lstsq(matrix, wanted.reshape(-1), rcond=None)[0]
     np.testing.assert_allclose(found.reshape(-1), matrix @ best, rtol=0, atol=1e-8)
+    # and what comes behind is solved for on what the product gives now
+    rows = tensor(repaired.model, "rows of heads", x).reshape(9 * LENGTH, -1)
+    best = np.linalg.lstsq(rows, Function(model)(x).reshape(len(rows), -1), rcond=None)[0]
+    np.testing.assert_allclose(stored(repaired.model)["wo"], best, rtol=0, atol=1e-8)
 
 
 def fused(op: str, *, flat: bool = True, shared: int = HEADS, **attributes: object) -> onnx.ModelProto:
@@ -424,56 +440,13 @@ def test_what_cannot_absorb_it_is_left_with_the_reason(name):
     assert "product" not in [c.label for c in repaired.consumers]
 
 
-def grams(samples: int, heads: int, width: int, whole: int, rows: int = 9) -> tuple[Grams, list[np.ndarray]]:
-    """Of independent columns, of which the first `width` are kept."""
-    wholes = [r((samples, heads, rows + n, whole)) for n in (0, 2)]
-    given = [*(x[..., :width] for x in wholes), *wholes]
-    found = Grams.zeros(heads, width)
-    found.add(*(x[: samples // 2] for x in given))
-    found.add(*(x[samples // 2 :] for x in given))
-    return found, given
-
-
-@pytest.mark.parametrize("size", [1e-3, 1e-1, 1.0])
-def test_ridge_pulls_towards_the_identity(size):
-    """As rows of their own: the penalty is r |A - I|^2, with r in units of the matrix's mean diagonal."""
-    held, (q, k, whole_q, whole_k) = grams(6, 2, 3, 5)
-    ((found, _),) = bilinear(held, [size])
-    for h in range(2):
-        matrix = np.einsum("bic,bjd->bijcd", q[:, h], k[:, h]).reshape(-1, 9)
-        root = np.sqrt(size * np.square(matrix).sum() / 9)
-        wanted = np.einsum("bic,bjc->bij", whole_q[:, h], whole_k[:, h]).reshape(-1)
-        matrix, wanted = np.vstack([matrix, root * np.eye(9)]), np.concatenate([wanted, root * np.eye(3).reshape(-1)])
-        best = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
-        np.testing.assert_allclose(found[h].reshape(-1), best, rtol=0, atol=1e-8)
-
-
-def test_conjugate_gradients_give_the_same(monkeypatch):
-    held, _ = grams(7, 3, 6, 9)
-    ridges = (1e-6, 1e-2, 1.0)
-    dense = bilinear(held, ridges)
-    monkeypatch.setattr("onnxprune.reconstruct.bilinear.DENSE", 1)
-    for (a, _), (b, _) in zip(dense, bilinear(held, ridges), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-7)
-
-
-def test_error_is_the_sum_of_squares():
-    held, (q, k, whole_q, whole_k) = grams(5, 2, 3, 4)
-    mixed = r((2, 3, 3))
-    wanted = np.square(whole_q @ whole_k.swapaxes(2, 3) - q @ mixed @ k.swapaxes(2, 3)).sum()
-    assert held.error(mixed) == pytest.approx(wanted, rel=1e-10)
-    products = whole_q @ whole_k.swapaxes(2, 3)
-    around = np.square(products - products.mean((0, 2, 3), keepdims=True)).sum()
-    assert held.spread() == pytest.approx(around, rel=1e-10)
-
-
-def test_what_is_no_better_on_samples_that_were_held_out_is_dropped():
-    """One short sample and no ridge: exact there, and far off elsewhere."""
-    fit, _ = grams(1, 1, 6, 8, rows=3)
-    held, _ = grams(8, 1, 6, 8)
-    found = solve_bilinear(fit, held, ridges=(0.0,))
-    assert found.mode == "none" and found.after == found.before
-    np.testing.assert_array_equal(found.mixed[0], np.eye(6))
+def test_moments_that_do_not_fit_are_of_fewer_samples():
+    model = made(CASES["two layers"])
+    analysis, plan = columns_removed(model)
+    data = [{"x": r((6, LENGTH, WIDTH))} for _ in range(10)]
+    room = 4 * 20 * Grams.nbytes(1, HEADS, len(KEPT))
+    rows = [repair(analysis, plan, data, memory_limit=m).consumers[0].rows for m in (1 << 30, room)]
+    assert rows == [60, 20]
 
 
 def test_compress_repairs_heads_and_their_columns():
