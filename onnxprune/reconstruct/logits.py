@@ -221,7 +221,7 @@ def logits(
     linear = rule(small, second, shapes) if rule is not None else None
     form = unfolded(linear) if linear is not None else None
     if linear is None or form is None or linear.x != first or len(form.columns) != 1:
-        return "both operands are computed from the data, and this form of the operator has no closed form"
+        return "this form of the operator has no closed form for two computed operands"
     gone = set(atoms(contraction.over))
     whole = {a: m for a, m in keep.items() if a not in gone}
     masks = [_masks(analysis.axes[node.inputs[i]], whole) for i in (first, second)]
@@ -244,7 +244,7 @@ def logits(
         layer = found.layer
         sides = made[side], made[1 - side]
         return Logits(node.label, node.op, groups, *sides, layer.form, layer.weight, channels, mixed)
-    return f"both operands are computed from the data: {'; '.join(dict.fromkeys(reasons))}"
+    return "; ".join(dict.fromkeys(reasons))
 
 
 def _masks(axes: Sequence[Expr], keep: Mapping[Atom, np.ndarray]) -> tuple[Mask, ...]:
@@ -325,18 +325,18 @@ def _mixed(
     """Labels of heads, channels (heads, columns) and what goes along. Raises Unknown where a head's columns are not a
     set of the layer's outputs of their own, at every place the same."""
     if not owned(found.layer.weight):
-        raise Unknown("several nodes share the weight of its layer")
+        raise Unknown("several nodes share the weight of the layer in front")
     others = [n for n in terms.labels[side] if n != column]
     channels, rows = (terms.seen(side, a, column) for a in (found.channels, found.rows))
     if not np.all(rows == rows[..., :1]):
-        raise Unknown("its columns come from several rows of its layer")
+        raise Unknown("the columns come from several rows of a layer")
     varies = [k for k in range(len(others)) if not np.all(channels == channels.take([0], k))]
     heads = channels[tuple(slice(None) if k in varies else 0 for k in range(len(others)))]
     sizes, width = heads.shape[:-1], heads.shape[-1]
     heads = heads.reshape(-1, width)
     g, _, o = found.layer.form.sizes()
     if len(np.unique(heads)) < heads.size or not np.all(heads // o == heads[:, :1] // o):
-        raise Unknown("several heads share its columns" if g == 1 else "its columns are of several groups of its layer")
+        raise Unknown("several heads share columns" if g == 1 else "the columns are of several groups of a layer")
     laid = np.arange(len(heads)).reshape([sizes[varies.index(k)] if k in varies else 1 for k in range(len(others))])
     head = np.broadcast_to(laid, channels.shape[:-1]).reshape(-1)
     mixed = [_along(a.name, a.values, terms.seen(side, a.at, column).reshape(-1, width), head) for a in found.added]
@@ -349,10 +349,10 @@ def _along(name: str, values: np.ndarray, at: np.ndarray, heads: np.ndarray) -> 
     if not values[at].any():
         return None
     if not name:
-        raise Unknown("what is added to it is no stored tensor of floats of its own")
+        raise Unknown("what is added to the columns is no stored tensor of floats of their own")
     tuples = np.unique(np.concatenate([heads[:, None], at], 1), axis=0)
     if len(np.unique(tuples[:, 1:])) < tuples[:, 1:].size:
-        raise Unknown("what is added to it is the same for several of its columns or heads")
+        raise Unknown("what is added to the columns is the same for several of them, or of the heads")
     return Mixed(name, tuples[:, 1:], tuples[:, 0])
 
 
@@ -363,10 +363,10 @@ def _bias(layer: Layer, heads: np.ndarray, pruned: Graph, owned: Callable[[str],
     if not name:
         return None
     if name not in pruned.parameters:
-        raise Unknown("the bias of its layer is no stored tensor")
+        raise Unknown("the bias of the layer in front is no stored tensor")
     g, _, o = layer.form.sizes()
     order = np.argsort(np.asarray(linear.lay(np.arange(g * o))).reshape(-1))
     values = pruned.array(name).reshape(-1)
     if len(order) != values.size:
-        raise Unknown("the bias of its layer is not one number per output")
+        raise Unknown("the bias of the layer in front is not one number per output")
     return _along(name if owned(name) else "", values, order[heads], np.arange(len(heads)))

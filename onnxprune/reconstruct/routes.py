@@ -102,7 +102,7 @@ class _Tracer:
             if isinstance(found, str):
                 raise Unknown(found)
             if name not in found:
-                raise Unknown(f"{_shown(node)} lies between it and a layer")
+                raise Unknown(f"{_shown(node)} lies between a layer and the product")
             move = found[name]
             at = at.reshape(-1)[move.at]
             added = [Added(a.name, a.values, a.at.reshape(-1)[move.at]) for a in added]
@@ -124,14 +124,14 @@ class _Tracer:
         while True:
             node = self.graph.producers.get(name)
             if node is None:
-                raise Unknown("it is no layer's output")
+                raise Unknown("an operand is no layer's output")
             layer = self.layer_of(node)
             if layer is not None:
                 return layer, path[::-1]
             operator = self.registry.get(node.op)
             data = [i for i, n in enumerate(node.inputs) if n and self.computed(n)]
             if len(data) != 1 or operator is None or operator.evaluate is None or node.captured:
-                raise Unknown(f"{_shown(node)} lies between it and a layer")
+                raise Unknown(f"{_shown(node)} lies between a layer and the product")
             path.append((node, data[0], name))
             name = node.inputs[data[0]]
 
@@ -142,13 +142,13 @@ class _Tracer:
         """Of every element of the layer's output tensor: which output it is, and of which row."""
         shape = self.graph.shapes.get(start)
         if shape is None or None in shape:
-            raise Unknown("the size of its layer's output is unknown")
+            raise Unknown("the size of a layer's output is unknown")
         sizes = [int(n or 0) for n in shape]
         form, count = layer.form, int(np.prod(sizes))
         view = form.linear.unfold_output(torch.arange(count).reshape(sizes)).numpy()
         labels = form.linear.terms[2]
         if view.size != count or view.ndim != len(labels):
-            raise Unknown("its layer's output is no view of a matrix")
+            raise Unknown("a layer's output is no view of a matrix")
         own = [k for k, n in enumerate(labels) if n in form.groups or n in form.outputs]
         order = [labels.index(n) for n in (*form.groups, *form.outputs)]
         found = []
@@ -196,7 +196,7 @@ class _Tracer:
     def move(self, node: Node, i: int) -> dict[str, _Move]:
         operator = self.registry.get(node.op)
         shape = self.graph.shapes.get(node.inputs[i])
-        refusal = Unknown(f"{_shown(node)} lies between it and a layer")
+        refusal = Unknown(f"{_shown(node)} lies between a layer and the product")
         if operator is None or operator.evaluate is None or node.captured or shape is None or None in shape:
             raise refusal
         others = [n for k, n in enumerate(node.inputs) if n and k != i]

@@ -405,7 +405,7 @@ def test_of_a_packed_layer_the_queries_alone_change(name):
 LEFT = {
     "both are bent": (
         separate([node("Tanh", [n], [f"{n}.b"], f"bend {n}") for n in ("q.t", "k.t")], "q.t.b", "k.t.b"),
-        "Tanh 'bend q.t' lies between it and a layer",
+        "Tanh 'bend q.t' lies between a layer and the product",
     ),
     "scaled place by place": (
         separate(
@@ -415,9 +415,9 @@ LEFT = {
             down=r((LENGTH, 1)),
             across=r(LENGTH),
         ),
-        "Mul 'scale q' lies between it and a layer",
+        "Mul 'scale q' lies between a layer and the product",
     ),
-    "rotated": (rotary(), "lies between it and a layer"),
+    "rotated": (rotary(), "lies between a layer and the product"),
     "read twice": (
         separate([node("Tanh", [n], [f"{n}.b"], f"bend {n}") for n in ("q.t", "k.t")]),
         "reads the same outputs",

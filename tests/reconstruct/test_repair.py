@@ -225,7 +225,7 @@ def test_what_is_left_is_named_with_its_reason():
 
     assert [c.label for c in repaired.consumers] == ["out"]
     assert [(x.label, x.groups) for x in repaired.left] == [("scores", (queries.id,))]
-    assert "both operands" in repaired.left[0].reason and "Tanh 'bend q'" in repaired.left[0].reason
+    assert "Tanh 'bend q' lies between" in repaired.left[0].reason
 
 
 def test_shared_weights_are_left():
