@@ -147,7 +147,7 @@ class Logits:
         if not self.left.fits(originals[0]) or not self.right.fits(originals[1]):
             return
         q, k, whole_q, whole_k = self.rows(factors, originals)
-        if any(x.shape[1] != len(self.channels) for x in (q, whole_q)):
+        if q.shape[1] != len(self.channels) or any(a.shape[:3] != b.shape[:3] for a, b in ((q, whole_q), (k, whole_k))):
             return
         if len(q) > limit:
             chosen = np.sort(rng.choice(len(q), limit, replace=False))
