@@ -11,7 +11,7 @@ import numpy as np
 from onnxprune.ops.elementwise import elementwise_axes, evaluated, first_input_axes, first_shape, pointwise
 from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.registry import Operator, Role
-from onnxprune.ops.rules import AxisContext, GiveUp, MirrorContext, NodeView
+from onnxprune.ops.rules import AxisContext, Flat, GiveUp, MirrorContext, NodeView
 from onnxprune.ops.unsigned import widened
 
 __all__ = ["OPERATORS"]
@@ -55,6 +55,21 @@ def _clip(n: NodeView, x: Any, low: Any = None, high: Any = None) -> Any:
     x = np.asarray(x)
     x = x if low is None else np.maximum(x, np.asarray(low).astype(x.dtype))
     return x if high is None else np.minimum(x, np.asarray(high).astype(x.dtype))
+
+
+def clip_flat(node: NodeView, stored: Sequence[np.ndarray | None]) -> Flat:
+    """Bounds that are computed from the data are none."""
+    given = [None if x is None else float(x.reshape(-1)[0]) for x in stored[1:3]]
+    low, high = (
+        node.attributes.get(name) if value is None else value
+        for name, value in zip(("min", "max"), (*given, None, None), strict=False)
+    )
+    return Flat(-math.inf if low is None else low, math.inf if high is None else high)
+
+
+def hard_sigmoid_flat(node: NodeView, stored: Sequence[np.ndarray | None]) -> Flat | None:
+    alpha, beta = _a(node, "alpha", 0.2), _a(node, "beta", 0.5)
+    return Flat(-beta / alpha, (1 - beta) / alpha) if alpha > 0 else None
 
 
 def bias_axes(c: AxisContext) -> None:
@@ -150,16 +165,28 @@ def dropout_mirror(m: MirrorContext) -> Any:
 
 
 OPERATORS = (
-    pointwise("Relu", lambda n, x: np.maximum(x, 0), lambda m: torch.relu(m.tensor(0)), carries=True),
+    pointwise(
+        "Relu",
+        lambda n, x: np.maximum(x, 0),
+        lambda m: torch.relu(m.tensor(0)),
+        carries=True,
+        flat=lambda n, stored: Flat(0.0),
+    ),
     pointwise("Sigmoid", lambda n, x: _sigmoid(x), lambda m: torch.sigmoid(m.tensor(0)), role=Role.SIGMOID),
     pointwise("Softplus", lambda n, x: _softplus(x), lambda m: F.softplus(m.tensor(0))),
     pointwise("Softsign", lambda n, x: x / (1 + np.abs(x)), lambda m: F.softsign(m.tensor(0))),
     pointwise("Mish", lambda n, x: x * np.tanh(_softplus(x)), lambda m: F.mish(m.tensor(0))),
-    pointwise("HardSwish", lambda n, x: x * np.clip(x / 6 + 0.5, 0, 1), lambda m: F.hardswish(m.tensor(0))),
+    pointwise(
+        "HardSwish",
+        lambda n, x: x * np.clip(x / 6 + 0.5, 0, 1),
+        lambda m: F.hardswish(m.tensor(0)),
+        flat=lambda n, stored: Flat(-3.0),
+    ),
     pointwise(
         "LeakyRelu",
         lambda n, x: np.where(x < 0, _a(n, "alpha", 0.01) * x, x),
         lambda m: F.leaky_relu(m.tensor(0), number(m, "alpha", 0.01)),
+        flat=lambda n, stored: Flat(0.0, leak=_a(n, "alpha", 0.01)),
     ),
     pointwise(
         "Elu",
@@ -180,11 +207,13 @@ OPERATORS = (
         "HardSigmoid",
         lambda n, x: np.clip(_a(n, "alpha", 0.2) * x + _a(n, "beta", 0.5), 0, 1),
         hard_sigmoid_mirror,
+        flat=hard_sigmoid_flat,
     ),
     pointwise(
         "ThresholdedRelu",
         lambda n, x: np.where(x > _a(n, "alpha", 1), x, 0),
         lambda m: F.threshold(m.tensor(0), number(m, "alpha", 1.0), 0.0),
+        flat=lambda n, stored: Flat(_a(n, "alpha", 1)),
     ),
     pointwise(
         "Shrink",
@@ -198,7 +227,7 @@ OPERATORS = (
     ),
     Operator("SwiGLU", mirror=lambda m: swish(m.tensor(0), number(m, "alpha", 1.0)) * m.tensor(1)),
     pointwise("Gelu", _gelu, lambda m: gelu(m, m.tensor(0))),
-    pointwise("Clip", _clip, clip_mirror, fixed=frozenset({1, 2}), carries=True),
+    pointwise("Clip", _clip, clip_mirror, fixed=frozenset({1, 2}), carries=True, flat=clip_flat),
     pointwise(
         "Dropout", lambda n, x, *_: x, dropout_mirror, dropout_axes, fixed=frozenset({1, 2}), role=Role.REARRANGES
     ),
@@ -210,6 +239,7 @@ OPERATORS = (
         evaluate=lambda n, x, s: np.where(x < 0, s * x, x),
         broadcasts=True,
         mirror=widened(prelu_mirror),
+        flat=lambda n, stored: None if stored[1] is None else Flat(0.0, leak=stored[1]),
     ),
     Operator(
         "com.microsoft::Gelu",

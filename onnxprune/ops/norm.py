@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from math import prod, sqrt
 from typing import Any
 
+import numpy as np
+
 from onnxprune.ops.lazy import F, kernels
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import AxisContext, GiveUp, Kind, MaskContext, MirrorContext, NodeView, PatchContext
@@ -323,6 +325,14 @@ def mean_variance_mirror(m: MirrorContext) -> Any:
     return m.call(_run.mean_variance_norm, m.tensor(0), [int(k) for k in m.attr("axes", [0, 2, 3])])
 
 
+def batch_norm_slope(node: NodeView, i: int, stored: Sequence[np.ndarray | None], rank: int) -> np.ndarray | None:
+    gamma, variance = stored[1], stored[4]
+    if gamma is None or variance is None:
+        return None
+    slope = gamma / np.sqrt(variance + node.attributes.get("epsilon", 1e-5))
+    return slope.reshape(-1, *[1] * (rank - 2))
+
+
 OPERATORS = (
     Operator(
         "BatchNormalization",
@@ -335,6 +345,7 @@ OPERATORS = (
         fixed=frozenset({3, 4}),
         running=frozenset({3, 4}),
         shift=lambda n, i: (3, -1, 1),
+        slope=batch_norm_slope,
     ),
     Operator(
         "InstanceNormalization",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxprune.ops.rules import (
         AxisRule,
         DeadRule,
+        FlatRule,
         LinearRule,
         MacsRule,
         MaskRule,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         PatchRule,
         ShapeRule,
         ShiftRule,
+        SlopeRule,
     )
 
 __all__ = ["Operator", "Registry", "Role"]
@@ -81,6 +83,9 @@ class Operator:
         it is.
     shift: where a constant per channel that is added to data input i can go instead: shift(node, i) gives the input,
         the sign, and the axis of the data that a vector there lies along (None: it broadcasts).
+    slope: by what the output grows with data input i, where that does not depend on the data: slope(node, i, stored
+        values of the inputs, rank of the output), which broadcasts against the output; None where it does.
+    flat: where an activation does not tell its inputs apart: flat(node, stored values of the inputs).
     """
 
     name: str
@@ -110,6 +115,8 @@ class Operator:
     role: Role | None = None
     linear: LinearRule | None = None
     shift: ShiftRule | None = None
+    slope: SlopeRule | None = None
+    flat: FlatRule | None = None
 
 
 class Registry(Mapping[str, Operator]):

@@ -20,6 +20,8 @@ __all__ = [
     "AxisRule",
     "Contraction",
     "DeadRule",
+    "Flat",
+    "FlatRule",
     "GiveUp",
     "Kind",
     "Linear",
@@ -35,6 +37,7 @@ __all__ = [
     "Shape",
     "ShapeRule",
     "ShiftRule",
+    "SlopeRule",
     "Term",
 ]
 
@@ -105,6 +108,15 @@ class Linear:
     lay: Callable[[np.ndarray], np.ndarray] = lambda c: c
     channel: int | None = None
     unfold_weight: Callable[[Any], Any] = lambda w: w
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """An activation that does not grow outside of low to high, or grows by `leak` there of what it does inside."""
+
+    low: float = -np.inf
+    high: float = np.inf
+    leak: float | np.ndarray = 0.0
 
 
 # what a rule may trip over at a node that is not what its operator's definition says
@@ -491,3 +503,5 @@ ShapeRule: TypeAlias = Callable[
 ]
 LinearRule: TypeAlias = Callable[[NodeView, int, Sequence[Shape]], "Linear | None"]
 ShiftRule: TypeAlias = Callable[[NodeView, int], "tuple[int, int, int | None]"]
+SlopeRule: TypeAlias = Callable[[NodeView, int, "Sequence[np.ndarray | None]", int], "np.ndarray | None"]
+FlatRule: TypeAlias = Callable[[NodeView, "Sequence[np.ndarray | None]"], "Flat | None"]

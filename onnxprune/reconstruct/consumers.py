@@ -19,6 +19,7 @@ from onnxprune.axes.expr import atoms, kept
 from onnxprune.model.graph import Graph, Node
 from onnxprune.model.weights import FLOATS
 from onnxprune.ops.rules import Contraction, Kind, Linear
+from onnxprune.reconstruct.beyond import Beyond, beyond
 from onnxprune.reconstruct.logits import Logits, logits
 from onnxprune.reconstruct.routes import Layer
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
@@ -45,7 +46,7 @@ class Consumer:
     x, y: its input and output in the pruned model; y is that of the original, which the targets are taken from, unless
     they lie inside the node: then they are made from `source`, the original's input, with the original's weight.
     kept: per axis of the targets (as the original's tensor has them), what the plan keeps. offset: the constant that
-    the node adds per channel now, (g, o).
+    the node adds per channel now, (g, o). beyond: where the output goes from y.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Consumer:
     kept: tuple[np.ndarray | None, ...]
     source: str = ""
     original: tuple[Unfolded, np.ndarray] | None = None
+    beyond: Beyond | None = None
 
     def sizes(self) -> tuple[int, int, int]:
         """Groups, columns, outputs."""
@@ -141,7 +143,9 @@ class _Finder:
         y = node.outputs[0]
         offset, place = self.constant(small, linear, y, form)
         masks = tuple(kept(e, self.keep) for e in self.analysis.axes[y])
-        return Consumer(node.label, node.op, groups, form, name, small.inputs[linear.x], y, place, offset, masks)
+        further = beyond(self.analysis, self.keep, self.pruned, y)
+        x = small.inputs[linear.x]
+        return Consumer(node.label, node.op, groups, form, name, x, y, place, offset, masks, beyond=further)
 
     def product(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Logits | str:
         """Both operands are computed from the data."""

@@ -28,6 +28,7 @@ class Side:
     tensor of the model is one of the mirror's."""
 
     def __init__(self, graph: Graph, registry: Mapping[str, Operator]) -> None:
+        self.graph = graph
         builder = Builder(graph, registry, half=torch.float32)
         self.module: GraphModule = builder.build().eval()
         self.nodes: list[Node] = list(self.module.graph.nodes)
@@ -94,17 +95,22 @@ class Lockstep:
         now: Sequence[Collection[Node]],
         later: Sequence[Collection[Node]],
         visit: Callable[[int, Sequence[Mapping[Node, Any]]], None],
+        tried: Sequence[Collection[Node]] = ((), ()),
     ) -> None:
         """Run both sides up to the nodes of `now`, and show their values batch by batch: visit(batch, values by node).
-        later: what is still to be asked for after this step."""
-        runs, keeps = [], []
-        for side, done, wanted, after in zip(self.sides, self.done, now, later, strict=True):
+        later: what is still to be asked for after this step. tried: nodes that are run and shown as well, but not kept,
+        for weights in front of them are still to change."""
+        runs, keeps, ends = [], [], []
+        for side, done, wanted, after, also in zip(self.sides, self.done, now, later, tried, strict=False):
             ahead = side.ancestors(wanted) - done
-            runs.append([n for n in side.nodes if n in ahead])
+            beyond = side.ancestors(also) - done - ahead
             done |= ahead - side.static
             still = side.ancestors(after) - done
-            keeps.append({n for n in done if n in after or any(u in still for u in n.users)})
-        ends = [_last_uses(run, set(w) | k) for run, w, k in zip(runs, now, keeps, strict=True)]
+            keep = {n for n in done if n in after or any(u in still for u in n.users)}
+            run = [n for n in side.nodes if n in ahead or n in beyond]
+            runs.append(run)
+            keeps.append(keep)
+            ends.append(_last_uses(run, {*wanted, *also, *keep}))
         with torch.no_grad():
             for batch in range(len(self.frontier)):
                 held = self.frontier.take(batch)

@@ -39,16 +39,23 @@ class Moments:
         self.n += x.shape[1]
         for k in range(len(x)):  # a matrix times its own transpose is half the work, which numpy knows of one matrix
             self.xx[k] += x[k].T @ x[k]
-            self.yx[k] += y[k].T @ x[k]
         self.x += x.sum(1)
+        self.aim(x, y)
+
+    def aim(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Of rows that were added before, other targets: see `aimed`."""
+        for k in range(len(x)):
+            self.yx[k] += y[k].T @ x[k]
         self.y += y.sum(1)
         self.yy += np.einsum("gno,gno->go", y, y)
 
-    def __iadd__(self, other: Moments) -> Moments:
-        self.n += other.n
-        for name in ("xx", "yx", "x", "y", "yy"):
-            getattr(self, name).__iadd__(getattr(other, name))
-        return self
+    def aimed(self) -> Moments:
+        """Of the same rows, and no targets yet; the rows' moments are shared."""
+        return Moments(self.n, self.xx, np.zeros_like(self.yx), self.x, np.zeros_like(self.y), np.zeros_like(self.yy))
+
+    def __add__(self, other: Moments) -> Moments:
+        names = ("xx", "yx", "x", "y", "yy")
+        return Moments(self.n + other.n, *(getattr(self, name) + getattr(other, name) for name in names))
 
     def error(self, weight: np.ndarray, offset: np.ndarray) -> float:
         """Sum of squares of x w' + offset - y over all rows and outputs. weight: (g, o, p), offset: (g, o)."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxprune.reconstruct.moments import Moments
 
-__all__ = ["RIDGES", "Solution", "ridge", "solve"]
+__all__ = ["MODES", "RIDGES", "Solution", "ridge", "solve"]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal
 JITTER = 1e-12  # of the mean diagonal: where a Cholesky factor fails all the same, ten times as much, and so on
@@ -50,7 +50,7 @@ def solve(
     free: bool,
     ridges: Sequence[float] = RIDGES,
 ) -> Solution:
-    """The best of `mode` and what is simpler. fit, held: moments of two parts of the rows; `fit` becomes those of all.
+    """The best of `mode` and what is simpler. fit, held: moments of two parts of the rows.
 
     weight (g, o, p), offset (g, o): as they are after slicing. free: whether the offset can be changed.
     """
@@ -67,13 +67,11 @@ def solve(
             error = judge.error(tried, centre(fit, tried) if affine else offset) / scale
             found.append((error, "affine" if affine else "ls", size))
     after, chosen, size = min(found, key=lambda f: f[0])
-    if held.n:
-        fit += held
-    condition = 1.0
+    moments, condition = fit + held if held.n else fit, 1.0
     if chosen in ("ls", "affine"):
-        weight, condition = ridge(fit, weight, None if affine else offset, size)
+        weight, condition = ridge(moments, weight, None if affine else offset, size)
     if chosen in ("mean", "affine"):
-        offset = centre(fit, weight)
+        offset = centre(moments, weight)
     return Solution(weight, offset, chosen, size, condition, before, after)
 
 
