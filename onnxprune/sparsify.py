@@ -22,7 +22,7 @@ from onnxprune.model.save import write
 from onnxprune.result import Result, Sparsified, TargetOutcome
 from onnxprune.select.align import steps
 from onnxprune.select.allocate import lowest
-from onnxprune.select.choose import TOLERANCE, candidates, cost_of
+from onnxprune.select.choose import candidates, cost_of, met
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
 from onnxprune.verify.equivalence import prove
@@ -237,7 +237,7 @@ def _analysed(trained: Trained, analysis: Analysis) -> Analysis:
 def _reached(analysis: Analysis, plan: Plan, wanted: Wanted, families: Sequence[str]) -> tuple[TargetOutcome, int]:
     """What a plan makes of the target, and the size of the blocks that it removes.
 
-    As in one-shot selection the target is met within 1 %, and where no block fits into what is left of the way to it.
+    The target is met as in one-shot selection, and where no block fits into what is left of the way to it.
     """
     groups = candidates(analysis, allow_inexact=wanted.allow_inexact)
     cost = cost_of(wanted.target, analysis, groups)
@@ -256,8 +256,8 @@ def _reached(analysis: Analysis, plan: Plan, wanted: Wanted, families: Sequence[
     next_ = {g: (counts[g.atom] - 1) // n * n for g, n in _blocks(analysis, groups, block)}
     smaller = [cost.total({**counts, g.atom: n}) for g, n in next_.items() if n >= least[g.atom]]
     stuck = cost.total(least) <= goal and not any(goal <= left < remaining for left in smaller)
-    met = remaining <= goal * (1 + TOLERANCE) or stuck
-    return TargetOutcome(wanted.target.metric, wanted.target.text, goal / total, remaining / total, met), block
+    enough = met(remaining, cost.total(least), goal) or stuck
+    return TargetOutcome(wanted.target.metric, wanted.target.text, goal / total, remaining / total, enough), block
 
 
 def _blocks(analysis: Analysis, groups: Sequence[Group], block: int) -> list[tuple[Group, int]]:

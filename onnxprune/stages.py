@@ -158,7 +158,7 @@ class Point:
         if self.goal.metric == "latency":
             self.measured = self.reached()
         choice = prepared.plan(self.goal) if self.measured is None else self.measured.choice
-        if not choice.outcome.met and not request.best_effort:
+        if not choice.outcome.met and choice.least > choice.outcome.wanted and not request.best_effort:
             raise TargetNotReached(
                 f"target {self.goal.text} can't be reached: at most {1 - choice.least:.1%} of {self.goal.metric} can "
                 f"go, which leaves {choice.least:.1%}",
@@ -175,6 +175,8 @@ class Point:
         )
         tentative = prepared.method is not None and not request.dry_run
         found.warnings = _warnings(prepared.graph, block if tentative else choice.align, block)
+        if self.measured is None and not choice.outcome.met and not tentative:
+            found.warnings.append(_missed(choice))
         if self.measured is not None:
             found.warnings += self.measured.warnings
             found.latency = self.measured.latency
@@ -312,6 +314,16 @@ def _warnings(graph: Graph, used: int, block: int) -> list[str]:
     if graph.problems:
         found.append(f"{len(graph.problems)} nodes whose shapes could not be inferred, such as {graph.problems[0]}")
     return found
+
+
+def _missed(choice: Choice) -> str:
+    kept = f"{choice.outcome.reached:.1%} of {choice.outcome.metric}"
+    if choice.least > choice.outcome.wanted:
+        return f"target {choice.outcome.spec} is out of reach: {kept} is the closest"
+    return (
+        f"target {choice.outcome.spec} lies between two plans in blocks of {choice.align}: {kept} is the nearest "
+        "without a loss out of proportion"
+    )
 
 
 def _smaller_blocks(used: int, block: int) -> list[str]:

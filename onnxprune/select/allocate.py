@@ -1,7 +1,11 @@
 """How many units each group gives up, so that what remains meets the target.
 
 The target is approached from above: blocks of least important units go, least importance lost per cost saved first,
-as long as the model stays at or above the goal; where no block fits any more, the rest of the gap stays.
+as long as the model stays at or above the goal. That price per cost is what settles the end, which is a knapsack. Once
+a block is larger than the gap, smaller ones go on filling it, but none that is far dearer: stripping cheap layers to
+their floor saves little and ruins the model. Where more than 1 % of the goal is still left then, blocks that go past
+it are tried, each with whatever needn't be gone any more given back, dearest first. The plan is taken in which loss
+and distance to the goal, on either side, add up to the least; distance counts several times the price.
 
 Importance lost is relative to what its group has left, log(before / after): the more a group has given, the dearer is
 its next block. Summed absolutely, one costly layer would be stripped to its floor before another gives anything (the
@@ -15,7 +19,8 @@ as far as one group's savings don't depend on the others'.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +34,9 @@ __all__ = ["Allocation", "Budget", "allocate"]
 SLACK = 1e-9
 TINY = 1e-9
 BYPASS = 0.05  # what a residual stream carries past a branch, relative to the branch: it may go as a whole
+CLOSE = 0.01  # a gap of this share of the goal needs no search
+DEAR = 6.0  # what it is worth to come nearer to the goal, in prices of the block at which the way to it ends
+TRIED, ROUNDS = 8, 4  # blocks that are taken past the goal to see what comes of it, and how often
 
 
 class Budget(Protocol):
@@ -60,25 +68,37 @@ class Allocation:
 
 
 class _State:
-    """Unit counts of all groups, and the cost that they add up to."""
+    """Unit counts of all groups, and the cost and the loss that they add up to."""
 
     def __init__(
-        self, groups: list[Group], cost: Budget, step: Mapping[str, int], floor: float, whole: Collection[Atom]
+        self,
+        groups: list[Group],
+        losses: Mapping[str, np.ndarray],
+        cost: Budget,
+        step: Mapping[str, int],
+        lowest: Mapping[str, int],
     ) -> None:
         self.groups = {g.id: g for g in groups}
+        self.losses = losses
         self.cost = cost
         self.step = step
         self.counts: dict[Atom, int] = {g.atom: g.size for g in groups}
         self.where = cost.by_atom()
         self.value = [cost.term(k, self.counts) for k in range(len(cost.terms))]
         self.total = cost.constant + sum(self.value)
-        self.lowest = {g.id: 0 if g.atom in whole else lowest(g.size, step[g.id], floor) for g in groups}
+        self.lowest = lowest
 
     def next_count(self, gid: str) -> int | None:
         """The group's size after one more block; None where it is at its floor."""
         now, step = self.counts[self.groups[gid].atom], self.step[gid]
         after = (now - 1) // step * step
         return after if after >= self.lowest[gid] else None
+
+    def last_count(self, gid: str) -> int | None:
+        """The group's size with one block back; None where it is whole."""
+        group, step = self.groups[gid], self.step[gid]
+        now = self.counts[group.atom]
+        return min(group.size, (now // step + 1) * step) if now < group.size else None
 
     def saving(self, gid: str, after: int) -> float:
         """What the metric loses when a group shrinks to `after` units."""
@@ -87,6 +107,27 @@ class _State:
         saved = sum(self.value[k] - self.cost.term(k, self.counts) for k in self.where.get(atom, ()))
         self.counts[atom] = before
         return saved
+
+    def block(self, gid: str, *, back: bool = False) -> _Block | None:
+        """The next one that may go, or come back; None where there is none, or going saves nothing."""
+        after = self.last_count(gid) if back else self.next_count(gid)
+        if after is None:
+            return None
+        saved = self.saving(gid, after)
+        return _Block(gid, after, self.lost(gid, after) - self.lost(gid), saved) if back or saved > 0 else None
+
+    def lost(self, gid: str, count: int | None = None) -> float:
+        """What is lost with the units that the group lacks, or would lack."""
+        group = self.groups[gid]
+        return float(self.losses[gid][group.size - (self.counts[group.atom] if count is None else count)])
+
+    def loss(self) -> float:
+        return sum(map(self.lost, self.groups))
+
+    def restore(self, counts: Mapping[Atom, int]) -> None:
+        for g in self.groups.values():
+            if self.counts[g.atom] != counts[g.atom]:
+                self.shrink(g.id, counts[g.atom])
 
     def shrink(self, gid: str, after: int) -> None:
         atom = self.groups[gid].atom
@@ -113,6 +154,7 @@ def allocate(
     *,
     scope: str = "global",
     floor: float = 0.1,
+    settle: bool = True,
     overshoot: bool = True,
     whole: Collection[Atom] = (),
     losses: Mapping[str, np.ndarray] | None = None,
@@ -121,16 +163,20 @@ def allocate(
 
     losses: per group id what is lost with 0, 1, ... units; by default -log of the share of the importance that stays.
     whole: atoms that may lose all of their units.
-    overshoot: where every block is larger than the gap, take the smallest rather than do nothing in silence.
+    settle: whether blocks that go past the goal are tried where others leave more than 1 % of it.
+    overshoot: where nothing at all would go, take the smallest block rather than do nothing in silence.
     """
-    state = _State(groups, cost, step, floor, whole)
+    may = {g.id: 0 if g.atom in whole else lowest(g.size, step[g.id], floor) for g in groups}
     order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
-    lost = {gid: _lost(scores[gid][o], bypass=state.lowest[gid] == 0) for gid, o in order.items()}
+    lost = {gid: _lost(scores[gid][o], bypass=may[gid] == 0) for gid, o in order.items()}
     lost |= {gid: convex_hull(loss) for gid, loss in (losses or {}).items() if gid in lost}
+    state = _State(groups, lost, cost, step, may)
     least = _least(state)
     if scope == "local":
         _same_share(state, goal)
-    _greedy(state, lost, goal)
+    price = _greedy(state, goal)
+    if settle and state.total > goal * (1 + CLOSE):
+        _settle(state, goal, price)
     if overshoot and state.total >= cost.total({}) * (1 - SLACK):
         _smallest_step(state)
     keep = {}
@@ -185,36 +231,92 @@ def _shared(state: _State, group: Group, share: float) -> int:
     return min(group.size, max(state.lowest[group.id], -(-int(np.ceil(share * group.size)) // step) * step))
 
 
-def _greedy(state: _State, losses: Mapping[str, np.ndarray], goal: float) -> None:
-    def price(gid: str) -> tuple[float, float, int] | None:
-        after = state.next_count(gid)
-        if after is None:
-            return None
-        group = state.groups[gid]
-        lost = losses[gid][group.size - after] - losses[gid][group.size - state.counts[group.atom]]
-        saved = state.saving(gid, after)
-        return (float(lost) / saved, saved, after) if saved > 0 else None
+@dataclass(frozen=True)
+class _Block:
+    """Units of one group that may go, or come back (then `lost` and `saved` are below zero)."""
 
+    group: str
+    after: int
+    lost: float
+    saved: float
+
+    @property
+    def price(self) -> float:
+        return self.lost / self.saved if self.saved else math.inf
+
+
+def _walk(state: _State, taken: Callable[[_Block], bool], *, back: bool = False, but: str = "") -> None:
+    """Offer the groups' next blocks, the cheapest first, or, where they come back, the dearest. A group whose block is
+    not taken is offered no more."""
     heap: list[tuple[float, str]] = []
+
+    def key(block: _Block) -> float:
+        return -block.price if back else block.price
+
+    def push(gid: str) -> None:
+        block = state.block(gid, back=back)
+        if block is not None:
+            heapq.heappush(heap, (key(block), gid))
+
     for gid in state.groups:
-        first = price(gid)
-        if first is not None:
-            heapq.heappush(heap, (first[0], gid))
+        if gid != but:
+            push(gid)
     while heap:
         was, gid = heapq.heappop(heap)
-        now = price(gid)
-        if now is None:
+        block = state.block(gid, back=back)
+        if block is None:
             continue
-        rate, saved, after = now
-        if rate > was * (1 + 1e-9) and heap and rate > heap[0][0]:
-            heapq.heappush(heap, (rate, gid))
-            continue
-        if state.total - saved < goal * (1 - SLACK):
-            continue  # this block is larger than the gap; smaller ones may still fit
-        state.shrink(gid, after)
-        following = price(gid)
-        if following is not None:
-            heapq.heappush(heap, (following[0], gid))
+        if key(block) > was + SLACK * abs(was) and heap and key(block) > heap[0][0]:
+            heapq.heappush(heap, (key(block), gid))
+        elif taken(block):
+            state.shrink(gid, block.after)
+            push(gid)
+
+
+def _greedy(state: _State, goal: float) -> float:
+    """Take what fits, and return the price at which the first block didn't."""
+    price, ends = 0.0, False
+    nothing = SLACK * max(map(np.ptp, state.losses.values()), default=0.0) / state.total
+
+    def taken(block: _Block) -> bool:
+        nonlocal price, ends
+        fits = state.total - block.saved >= goal * (1 - SLACK)
+        ends = ends or not fits
+        if ends and price <= nothing:  # what costs nothing says nothing of the price
+            price = max(block.price, 0.0)
+        return fits and (not ends or block.price <= DEAR * price)
+
+    _walk(state, taken)
+    return price
+
+
+def _settle(state: _State, goal: float, price: float) -> None:
+    """Go past the goal where that is better than to stay above it: a local search whose steps are a block that doesn't
+    fit, and what may come back for it."""
+    worth = DEAR * price if price > 0 else 1.0
+    least = SLACK * worth * goal
+
+    def better(block: _Block) -> bool:
+        nearer = abs(state.total - goal) - abs(state.total - block.saved - goal)
+        return block.lost < worth * nearer - least
+
+    def total() -> float:
+        return state.loss() + worth * abs(state.total - goal)
+
+    best = total()
+    for _ in range(ROUNDS):
+        start, found = dict(state.counts), dict(state.counts)
+        past = [b for gid in state.groups if (b := state.block(gid)) and state.total - b.saved < goal]
+        for block in sorted(past, key=lambda b: (b.price, b.group))[:TRIED]:
+            state.shrink(block.group, block.after)
+            _walk(state, better, back=True, but=block.group)
+            _walk(state, better)
+            if total() < best - least:
+                best, found = total(), dict(state.counts)
+            state.restore(start)
+        if found == start:
+            break
+        state.restore(found)
 
 
 def _smallest_step(state: _State) -> None:

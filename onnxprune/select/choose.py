@@ -24,16 +24,19 @@ from onnxprune.select.target import Target
 if TYPE_CHECKING:
     from onnxprune.calibrate.calibration import Calibration
 
-__all__ = ["Choice", "candidates", "choose"]
+__all__ = ["Choice", "candidates", "choose", "met"]
 
 TOLERANCE = 0.01
-ROUGHLY = 0.1  # how far from the target whole blocks may stay, where smaller ones would be
+ROUGHLY = 0.05  # how far from the target blocks may end where smaller ones would be slow, or there are none
 SLOW_BELOW = 4  # channels: onnxruntime falls back to a layout that is slower than what pruning gains
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, how far it gets, and the block size that it was made with."""
+    """A plan, how far it gets, and the block size that it was made with.
+
+    least: what would remain with every group at its floor, as a share; above the target, it can't be reached.
+    """
 
     plan: Plan
     outcome: TargetOutcome
@@ -97,8 +100,9 @@ def choose(
     cost: what the target's metric counts; None: one that the graph alone tells. halve: whether blocks are halved where
         whole ones could reach the target but stay above it.
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
-    Where whole blocks don't reach the target, the block is halved until it does; below 4 channels, which is slow,
-    only where the target is missed by more than a tenth.
+    Where whole blocks don't come within 1 % of the target, they are halved until they do. From 4 channels on they may
+    go past it for that; below, which is slow, they are halved only where it is missed by more than 5 %, above or
+    below. What comes nearest is taken.
     Raises NothingPrunable, UsageError.
     """
     if scope not in ("global", "local"):
@@ -119,7 +123,7 @@ def choose(
     ranked = scores(analysis, groups, importance, seed=seed, calibration=calibration)
     whole = removable(analysis) if floor == 0 else ()
     best: tuple[Allocation, int] | None = None
-    block = align
+    block, least = align, total
     while True:
         found = allocate(
             groups,
@@ -129,15 +133,18 @@ def choose(
             steps(analysis, groups, block),
             scope=scope,
             floor=floor,
+            settle=block <= SLOW_BELOW or not halve,
             overshoot=block == 1,
             whole=whole,
             losses=losses,
         )
         if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
             best = (found, block)
-        close = found.remaining <= goal * (1 + ROUGHLY) and found.least <= goal and found.keep
+        least = min(least, found.least)
+        missed = abs(found.remaining - goal) / goal
+        close = missed <= ROUGHLY and found.least <= goal and found.keep
         enough = (block <= SLOW_BELOW and close) or (not halve and found.least <= goal)
-        if met(found, goal) or block == 1 or enough:
+        if missed <= TOLERANCE or block == 1 or enough:
             break
         block //= 2
     if best is None:
@@ -150,13 +157,17 @@ def choose(
         target.text,
         goal / total,
         allocation.remaining / total,
-        met(allocation, goal) or allocation.least <= goal,
+        met(allocation.remaining, least, goal),
     )
-    return Choice(Plan(allocation.keep), outcome, block, allocation.least / total)
+    return Choice(Plan(allocation.keep), outcome, block, least / total)
 
 
-def met(allocation: Allocation, goal: float) -> bool:
-    return allocation.remaining <= goal * (1 + TOLERANCE)
+def met(remaining: float, least: float, goal: float) -> bool:
+    """Whether a target is met: within 1 %, or, where only the size of the blocks is in the way, within 5 %.
+
+    least: what would remain with every group at its floor.
+    """
+    return remaining <= goal * (1 + (ROUGHLY if least <= goal else TOLERANCE))
 
 
 def cost_of(target: Target, analysis: Analysis, groups: list[Group]) -> Cost:

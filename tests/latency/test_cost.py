@@ -133,7 +133,7 @@ def test_a_plan_by_the_clock_comes_down_to_its_goal(analysis: Analysis, cost: La
     goal = 0.5 * cost.total({})
     scores = {g.id: np.ones(g.size) for g in analysis.groups}
     found = allocate(list(analysis.groups), scores, cost, goal, {g.id: 16 for g in analysis.groups})
-    assert goal <= found.remaining < goal * 1.1
+    assert goal * 0.95 <= found.remaining < goal * 1.1
     assert all(len(kept) % 16 == 0 for kept in found.keep.values())
 
 

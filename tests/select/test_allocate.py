@@ -1,4 +1,4 @@
-"""What groups lose decides what they give: the hull of their losses, and the least total loss at a cost."""
+"""What groups lose decides what they give: the hull of their losses, the least total loss at a cost, and how it ends."""
 
 from __future__ import annotations
 
@@ -74,3 +74,62 @@ def test_groups_without_a_curve_go_by_their_importance() -> None:
     scores = {"g0": np.ones(8), "g1": np.array([1e-6] * 4 + [2.0] * 4)}
     found = allocate(groups, scores, cost, 12, {"g0": 1, "g1": 1}, losses={"g0": 10 * np.arange(9.0)})
     assert "g0" not in found.keep and found.keep["g1"].tolist() == [4, 5, 6, 7]
+
+
+CURVES = {"g0": np.arange(9.0), "g1": 0.2 * np.arange(33.0)}
+COARSE_AND_FINE = ((100.0, 8), (1.0, 32))  # a unit of the fine group loses 20 times as much per cost
+
+
+def ended(goal: float, **options: bool) -> tuple[int, int, float]:
+    """Units kept of a group of 8 that cost 100 each and one of 32 that cost 1, and what remains of their 832."""
+    groups = groups_of(*(n for _, n in COARSE_AND_FINE))
+    cost = Cost(0.0, tuple((c, (g.atom,)) for g, (c, _) in zip(groups, COARSE_AND_FINE, strict=True)))
+    scores = {g.id: np.ones(g.size) for g in groups}
+    found = allocate(groups, scores, cost, goal, {"g0": 1, "g1": 1}, losses=CURVES, **options)
+    kept = [len(found.keep.get(g.id, range(g.size))) for g in groups]
+    return kept[0], kept[1], found.remaining
+
+
+def test_a_gap_is_not_filled_at_many_times_the_price() -> None:
+    assert ended(728, settle=False) == (7, 32, 732)
+    assert ended(728) == (7, 32, 732), "0.5 % above is near enough"
+
+
+def test_a_block_goes_past_the_goal_where_that_is_nearer() -> None:
+    assert ended(660, settle=False) == (7, 32, 732)
+    assert ended(660) == (6, 32, 632)
+    assert ended(712) == (7, 32, 732), "20 above rather than 80 below"
+
+
+def test_what_a_large_block_makes_needless_comes_back() -> None:
+    """The fine group is the cheaper one and gives its units first; they come back for the block that closes the gap."""
+    groups = groups_of(2, 30)
+    cost = Cost(0.0, ((40.0, (groups[0].atom,)), (1.0, (groups[1].atom,))))
+    curves = {"g0": 0.5 * 40 * np.arange(3.0), "g1": 0.4 * np.arange(31.0)}
+    curves["g1"][21:] += 100 * np.arange(1.0, 11.0)
+    scores = {g.id: np.ones(g.size) for g in groups}
+    how = {"step": {"g0": 1, "g1": 1}, "floor": 0.0, "losses": curves}
+    above = allocate(groups, scores, cost, 60, settle=False, **how)
+    assert above.remaining == 90 and {gid: len(kept) for gid, kept in above.keep.items()} == {"g1": 10}
+    found = allocate(groups, scores, cost, 60, **how)
+    assert found.remaining == 60 and {gid: len(kept) for gid, kept in found.keep.items()} == {"g0": 1, "g1": 20}
+
+
+sizes = st.lists(st.tuples(st.integers(1, 40), st.integers(2, 8)), min_size=1, max_size=5)
+
+
+@given(sizes, st.floats(0.2, 0.95))
+def test_where_all_cost_is_lost_alike_the_end_is_within_a_block(made: list[tuple[int, int]], share: float) -> None:
+    """Nothing but the distance to the goal tells plans apart: the nearest block on either side of it is found."""
+    groups = groups_of(*(n for _, n in made))
+    cost = Cost(0.0, tuple((float(c), (g.atom,)) for g, (c, _) in zip(groups, made, strict=True)))
+    curves = {g.id: c * np.arange(g.size + 1.0) for g, (c, _) in zip(groups, made, strict=True)}
+    goal = max(share * cost.total({}), sum(c for c, _ in made))
+    scores = {g.id: np.ones(g.size) for g in groups}
+    found = allocate(groups, scores, cost, goal, {g.id: 1 for g in groups}, floor=0.0, losses=curves)
+    left = [c for g, (c, _) in zip(groups, made, strict=True) if len(found.keep.get(g.id, range(g.size))) > 1]
+    gone = [c for g, (c, _) in zip(groups, made, strict=True) if g.id in found.keep]
+    if found.remaining > goal * 1.01 and gone:
+        assert found.remaining - goal <= 0.6 * min(left)
+    if found.remaining < goal * (1 - 1e-9):
+        assert goal - found.remaining <= min(gone)
