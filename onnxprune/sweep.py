@@ -143,6 +143,8 @@ def _drawn(found: Sweep, path: Path) -> Sweep:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     widths = [r.after.macs / found.before.macs for r in reached if r.after is not None]
+    if reached[0].accuracy is not None:
+        widths, heights = [1.0, *widths], [reached[0].accuracy.before, *heights]
     axes.plot(widths, heights, marker="o")
     metric = reached[0].accuracy.metric if reached[0].accuracy is not None else "output error, share of the variance"
     axes.set(xlabel="multiply-accumulates left", ylabel=metric, title=found.before.name)
