@@ -133,8 +133,8 @@ def _stem(output: Path, model: Path) -> str:
 def _drawn(found: Sweep, path: Path) -> Sweep:
     """With a picture of the curve, or a note that says why there is none."""
     reached = [p.result for p in found.points if p.result is not None and p.result.after is not None]
-    heights = [_height(r) for r in reached]
-    if len(reached) < 2 or None in heights:
+    heights = [h for h in map(_height, reached) if h is not None]
+    if len(reached) < 2 or len(heights) < len(reached):
         return replace(found, notes=("no picture: it takes two points and a metric (--eval), or repair",))
     try:
         from matplotlib.figure import Figure
