@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from onnxprune.model.weights import FLOATS
 from onnxprune.ops.rules import Contraction, Kind, Linear
 from onnxprune.reconstruct.beyond import Beyond, beyond
 from onnxprune.reconstruct.logits import Logits, logits
+from onnxprune.reconstruct.moves import Moves, Stored
 from onnxprune.reconstruct.routes import Layer
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
 from onnxprune.rewrite.edit import take
@@ -102,6 +102,8 @@ class _Finder:
         self.analysis, self.graph, self.pruned = analysis, analysis.graph, pruned
         self.keep = plan.by_atom(analysis)
         self.ids = {g.atom: g.id for g in plan.pruned(analysis)}
+        self.moves, self.whole_moves = Moves(pruned, analysis.registry), Moves(self.graph, analysis.registry)
+        self.captured = {n for node in pruned.nodes for n in node.captured}
 
     def contracted(self, *, behind: bool) -> Iterator[tuple[Node, Contraction, tuple[str, ...]]]:
         changed: set[str] = set()
@@ -120,24 +122,26 @@ class _Finder:
         """Or why there is none."""
         if contraction.kind is Kind.STATE:
             return "its input is its own output, one step earlier"
-        stored = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.parameters]
-        if not stored:
+        w = self.weight(node, contraction)
+        if w is None:
             return self.product(node, contraction, groups)
         small = self.in_pruned(node)
         if small is None:
             return "all of its inputs were removed"
-        w = stored[-1]
-        rule = self.analysis.registry[node.op].linear
-        linear = rule(small, w, self.shapes(self.pruned, small)) if rule is not None else None
-        form = unfolded(linear) if linear is not None else None
+        source = self.moves.stored(small.inputs[w])
+        if source is None or source.reason:
+            return f"its weight {'is computed from the data' if source is None else source.reason}"
+        parameter = self.pruned.parameters[source.name]
+        if parameter.elem_type not in FLOATS:
+            return "its weight is stored in integers"
+        linear, form = self.form(self.pruned, small, w, source)
         if linear is None or form is None or not linear.weight_shape:
             return "this form of the operator has no closed form"
-        name = small.inputs[w]
-        parameter = self.pruned.parameters.get(name)
-        if parameter is None or parameter.elem_type not in FLOATS:
-            return "its weight is no stored tensor of floats"
-        if len(self.pruned.consumers[name]) > 1:
+        if not all(map(self.single, source.names)):
             return "several nodes share its weight"
+        bias = small.inputs[linear.bias] if linear.bias is not None and linear.bias < len(small.inputs) else ""
+        if bias and self.numbers(bias) is None:
+            return "its bias is no stored tensor"
         if linear.inside:
             return self.inside(node, small, form, w, groups)
         y = node.outputs[0]
@@ -145,7 +149,7 @@ class _Finder:
         masks = tuple(kept(e, self.keep) for e in self.analysis.axes[y])
         further = beyond(self.analysis, self.keep, self.pruned, y)
         x = small.inputs[linear.x]
-        return Consumer(node.label, node.op, groups, form, name, x, y, place, offset, masks, beyond=further)
+        return Consumer(node.label, node.op, groups, form, source.name, x, y, place, offset, masks, beyond=further)
 
     def product(self, node: Node, contraction: Contraction, groups: tuple[str, ...]) -> Logits | str:
         """Both operands are computed from the data."""
@@ -155,7 +159,18 @@ class _Finder:
         if not groups:
             return "it lost no columns"
         nodes = (node, small)
-        return logits(self.analysis, self.keep, self.pruned, nodes, contraction, groups, self.layer, self.own)
+        return logits(self.analysis, self.keep, self.moves, nodes, contraction, groups, self.layer, self.own)
+
+    def weight(self, node: Node, contraction: Contraction) -> int | None:
+        """The input that does not depend on the data; None where all operands do."""
+        fixed = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.static]
+        return fixed[-1] if fixed else None
+
+    def form(self, graph: Graph, node: Node, w: int, source: Stored) -> tuple[Linear | None, Unfolded | None]:
+        rule = self.analysis.registry[node.op].linear
+        shapes = [graph.shapes.get(n) if n else None for n in node.inputs]
+        linear = rule(node, w, shapes) if rule is not None else None
+        return linear, None if linear is None else unfolded(linear, source)
 
     @cached_property
     def became(self) -> dict[int, tuple[Node, int]]:
@@ -163,27 +178,27 @@ class _Finder:
         found: dict[int, tuple[Node, int]] = {}
         for node in self.graph.nodes:
             for contraction in self.analysis.contractions.get(node.index, ()):
-                stored = [i for i, _ in contraction.operands if node.inputs[i] in self.graph.parameters]
-                small = self.in_pruned(node) if stored and contraction.kind is Kind.PRODUCT else None
-                if small is not None:
-                    found[small.index] = node, stored[-1]
+                w = self.weight(node, contraction) if contraction.kind is Kind.PRODUCT else None
+                small = self.in_pruned(node) if w is not None else None
+                if small is not None and w is not None:
+                    found[small.index] = node, w
         return found
 
     def layer(self, small: Node) -> Layer | None:
         """A node of the pruned graph as a linear layer, whose output is a tensor of its own."""
         node, w = self.became.get(small.index, (None, 0))
-        rule = self.analysis.registry[small.op].linear if node is not None else None
-        linear = rule(small, w, self.shapes(self.pruned, small)) if rule is not None else None
-        form = unfolded(linear) if linear is not None else None
-        if linear is None or form is None or linear.inside or small.inputs[w] not in self.pruned.parameters:
+        source = self.moves.stored(small.inputs[w]) if node is not None else None
+        if source is None or source.reason:
             return None
-        return Layer(small, form, small.inputs[w])
+        linear, form = self.form(self.pruned, small, w, source)
+        return None if linear is None or form is None or linear.inside else Layer(small, form, source.name)
 
     def inside(self, node: Node, small: Node, form: Unfolded, w: int, groups: tuple[str, ...]) -> Consumer | str:
         """Targets that no tensor holds: made from the original's input and weight, less the rows that went."""
-        rule = self.analysis.registry[node.op].linear
-        linear = rule(node, w, self.shapes(self.graph, node)) if rule is not None else None
-        whole = unfolded(linear) if linear is not None else None
+        source = self.whole_moves.stored(node.inputs[w])
+        if source is None or source.reason:
+            return "this form of the operator has no closed form"
+        linear, whole = self.form(self.graph, node, w, source)
         if linear is None or whole is None:
             return "this form of the operator has no closed form"
         gone = {
@@ -193,7 +208,7 @@ class _Finder:
             None if label in gone else kept(e, self.keep)
             for label, e in zip(linear.terms[1], self.analysis.uses[node.index, w], strict=True)
         )
-        weight = take(self.graph.array(node.inputs[w]), masks)
+        weight = take(source.seen(self.graph.array(source.name)), masks)
         g, _, o = form.sizes()
         place = self.own_place(small, form.linear)
         return Consumer(
@@ -201,7 +216,7 @@ class _Finder:
             node.op,
             groups,
             form,
-            small.inputs[w],
+            form.source.name,
             small.inputs[form.linear.x],
             "",
             place,
@@ -210,10 +225,6 @@ class _Finder:
             node.inputs[linear.x],
             (whole, weight.astype(np.float64) * linear.scale),
         )
-
-    @staticmethod
-    def shapes(graph: Graph, node: Node) -> list[tuple[int | None, ...] | None]:
-        return [graph.shapes.get(n) if n else None for n in node.inputs]
 
     def in_pruned(self, node: Node) -> Node | None:
         """The node of the pruned graph that this one became."""
@@ -229,48 +240,66 @@ class _Finder:
         offset = np.zeros(g * o)
         place = self.own_place(node, linear)
         bias = node.inputs[linear.bias] if linear.bias is not None and linear.bias < len(node.inputs) else ""
-        if bias and bias in self.pruned.parameters:
-            offset += self.pruned.array(bias).reshape(-1).astype(np.float64) * linear.bias_scale
+        added = self.numbers(bias) if bias else None
+        if added is not None:
+            offset += added.reshape(-1).astype(np.float64) * linear.bias_scale
         output = node.outputs[0]
         while output != y:  # constants of dead units, added by the rewriter
             reader, i = self.pruned.consumers[output][0]
-            added = reader.inputs[1 - i]
-            offset += self.pruned.array(added).reshape(-1).astype(np.float64)
+            offset += self.pruned.array(reader.inputs[1 - i]).reshape(-1).astype(np.float64)
             place = place or self.follower_place(output, linear.channel, g * o)
             output = reader.outputs[0]
         place = place or self.follower_place(y, linear.channel, g * o)
         return offset.reshape(g, o), place
 
+    def numbers(self, name: str) -> np.ndarray | None:
+        """Of a tensor that is stored."""
+        source = self.moves.stored(name)
+        return None if source is None or source.reason else source.seen(self.pruned.array(source.name))
+
     def own_place(self, node: Node, linear: Linear) -> Place | None:
         bias = node.inputs[linear.bias] if linear.bias is not None and linear.bias < len(node.inputs) else ""
-        if not self.own(bias):
+        return self.placed(bias, lambda c: linear.lay(c) / linear.bias_scale) if bias else None
+
+    def placed(self, name: str, lay: Callable[[np.ndarray], np.ndarray]) -> Place | None:
+        """Where the numbers of a tensor are stored, if nothing else reads them."""
+        source = self.moves.stored(name)
+        if source is None or source.reason or not all(map(self.single, source.names)):
             return None
-        shape = self.pruned.parameters[bias].shape
-        return Place(bias, lambda c: (linear.lay(c) / linear.bias_scale).reshape(shape))
+        parameter = self.pruned.parameters[source.name]
+        if parameter.elem_type not in FLOATS:
+            return None
+        return Place(source.name, lambda c: source.back(lay(c), parameter.shape))
 
     def own(self, name: str) -> bool:
         """Whether it is a stored tensor of floats that one node reads."""
         parameter = self.pruned.parameters.get(name)
-        readers = len(self.pruned.consumers.get(name, ()))
-        return parameter is not None and parameter.elem_type in FLOATS and readers == 1
+        return parameter is not None and parameter.elem_type in FLOATS and self.single(name)
+
+    def single(self, name: str) -> bool:
+        """Whether nothing but one node reads it."""
+        return (
+            len(self.pruned.consumers.get(name, ())) == 1
+            and name not in self.captured
+            and name not in self.pruned.outputs
+        )
 
     def follower_place(self, y: str, channel: int | None, count: int) -> Place | None:
         """In what the only reader of a tensor adds to it or takes off it."""
-        readers = self.pruned.consumers.get(y, ())
         shape = self.pruned.shapes.get(y)
-        if len(readers) != 1 or y in self.pruned.outputs or channel is None or shape is None:
+        if not self.single(y) or channel is None or shape is None:
             return None
-        reader, i = readers[0]
+        reader, i = self.pruned.consumers[y][0]
         operator = self.analysis.registry.get(reader.op)
         if operator is None or operator.shift is None:
             return None
         j, sign, axis = operator.shift(reader, i)
-        if j == i or j >= len(reader.inputs) or not self.own(reader.inputs[j]):
+        found = self.pruned.shapes.get(reader.inputs[j]) if j != i and j < len(reader.inputs) else None
+        if found is None:
             return None
-        parameter = self.pruned.parameters[reader.inputs[j]]
         channel %= len(shape)
-        laid = parameter.shape if axis is not None else (1,) * (len(shape) - len(parameter.shape)) + parameter.shape
+        laid = found if axis is not None else (1,) * (len(shape) - len(found)) + found
         wanted = (count,) if axis is not None else tuple(count if k == channel else 1 for k in range(len(shape)))
-        if laid != wanted or (axis is not None and axis != channel) or prod(laid) != count:
+        if laid != wanted or (axis is not None and axis != channel):
             return None
-        return Place(parameter.name, lambda c: sign * c.reshape(parameter.shape))
+        return self.placed(reader.inputs[j], lambda c: sign * c)

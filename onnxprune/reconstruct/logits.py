@@ -22,6 +22,7 @@ from onnxprune.axes.expr import Atom, Expr, atoms, kept
 from onnxprune.model.graph import Graph, Node
 from onnxprune.ops.rules import Contraction, Linear
 from onnxprune.reconstruct.bilinear import DENSE, Grams
+from onnxprune.reconstruct.moves import Moves
 from onnxprune.reconstruct.routes import Layer, Route, Unknown, route
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
 
@@ -204,15 +205,16 @@ def _places(order: Sequence[Sequence[int | None]]) -> list[range]:
 def logits(
     analysis: Analysis,
     keep: Mapping[Atom, np.ndarray],
-    pruned: Graph,
+    moves: Moves,
     nodes: tuple[Node, Node],
     contraction: Contraction,
     groups: tuple[str, ...],
     layer_of: Callable[[Node], Layer | None],
     owned: Callable[[str], bool],
 ) -> Logits | str:
-    """The product at a node (of the original, and what it became), or why it is left. keep: kept indices by atom."""
-    node, small = nodes
+    """The product at a node (of the original, and what it became), or why it is left. keep: kept indices by atom;
+    moves: of the pruned graph."""
+    (node, small), pruned = nodes, moves.graph
     if len(contraction.operands) != 2:
         return "it is a product of more than two tensors"
     first, second = (i for i, _ in contraction.operands)
@@ -228,7 +230,7 @@ def logits(
     reasons = []
     for side in (0, 1):
         try:
-            found = route(pruned, analysis.registry, (small, (first, second)[side]), layer_of, owned)
+            found = route(moves, (small, (first, second)[side]), layer_of, owned)
             divided = _divided(_Terms.of(linear), found, side, form.columns[0], masks[side])
             heads, channels, mixed = _mixed(found, divided, side, form.columns[0], pruned, owned)
         except Unknown as reason:

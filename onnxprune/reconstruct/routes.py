@@ -1,21 +1,19 @@
 """Which outputs of a linear layer the columns of a tensor are, where nothing but moves and scalings lies between.
 
-A node is a move where every element of its output is one element of its input, times one number: found out by what it
-gives for numbers that name their places, so that no operator needs to be known here. What is added on the way and is
-stored goes along. Everything is in the sizes that the graph was loaded with.
+What is a move is found out by trying (`moves`). What is added on the way and is stored goes along. Everything is in the
+sizes that the graph was loaded with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from onnxprune.model.graph import Graph, Node
-from onnxprune.ops.registry import Operator
-from onnxprune.ops.rules import MALFORMED
+from onnxprune.reconstruct.moves import Moves, shown
 from onnxprune.reconstruct.unfolded import Unfolded
 
 __all__ = ["Added", "Layer", "Route", "Unknown", "route"]
@@ -58,8 +56,7 @@ class Route:
 
 
 def route(
-    graph: Graph,
-    registry: Mapping[str, Operator],
+    moves: Moves,
     end: Place,
     layer_of: Callable[[Node], Layer | None],
     owned: Callable[[str], bool],
@@ -68,28 +65,13 @@ def route(
 
     layer_of: the linear layer that a node is. owned: whether a stored tensor is one of floats that one node reads.
     """
-    return _Tracer(graph, registry, layer_of, owned).route(end)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Move:
-    """at: for every element of the output, the flat index of the element of the input that it is."""
-
-    at: np.ndarray
-    added: str | None = None
-    added_at: np.ndarray | None = None
+    return _Tracer(moves, layer_of, owned).route(end)
 
 
 class _Tracer:
-    def __init__(
-        self,
-        graph: Graph,
-        registry: Mapping[str, Operator],
-        layer_of: Callable[[Node], Layer | None],
-        owned: Callable[[str], bool],
-    ) -> None:
-        self.graph, self.registry, self.layer_of, self.owned = graph, registry, layer_of, owned
-        self.moves: dict[tuple[int, int], dict[str, _Move] | str] = {}
+    def __init__(self, moves: Moves, layer_of: Callable[[Node], Layer | None], owned: Callable[[str], bool]) -> None:
+        self.moves, self.layer_of, self.owned = moves, layer_of, owned
+        self.graph: Graph = moves.graph
 
     def route(self, end: Place) -> Route:
         layer, path = self.path(end[0].inputs[end[1]])
@@ -98,11 +80,9 @@ class _Tracer:
         at = np.arange(channels.size).reshape(channels.shape)
         added: list[Added] = []
         for node, i, name in path:
-            found = self.moved(node, i)
-            if isinstance(found, str):
-                raise Unknown(found)
-            if name not in found:
-                raise Unknown(f"{_shown(node)} lies between a layer and the product")
+            found = self.moves.of(node, i)
+            if found is None or name not in found:
+                raise _between(node)
             move = found[name]
             at = at.reshape(-1)[move.at]
             added = [Added(a.name, a.values, a.at.reshape(-1)[move.at]) for a in added]
@@ -115,7 +95,7 @@ class _Tracer:
         wanted[result.channels] = True
         for reader, i in self.readers(start, wanted[channels]):
             if (reader.index, i) != (end[0].index, end[1]):
-                raise Unknown(f"{_shown(reader)} reads the same outputs of {_shown(layer.node)}")
+                raise Unknown(f"{shown(reader)} reads the same outputs of {shown(layer.node)}")
         return result
 
     def path(self, name: str) -> tuple[Layer, list[tuple[Node, int, str]]]:
@@ -128,15 +108,12 @@ class _Tracer:
             layer = self.layer_of(node)
             if layer is not None:
                 return layer, path[::-1]
-            operator = self.registry.get(node.op)
-            data = [i for i, n in enumerate(node.inputs) if n and self.computed(n)]
+            operator = self.moves.registry.get(node.op)
+            data = [i for i, n in enumerate(node.inputs) if n and self.moves.computed(n)]
             if len(data) != 1 or operator is None or operator.evaluate is None or node.captured:
-                raise Unknown(f"{_shown(node)} lies between a layer and the product")
+                raise _between(node)
             path.append((node, data[0], name))
             name = node.inputs[data[0]]
-
-    def computed(self, name: str) -> bool:
-        return name not in self.graph.static and name not in self.graph.values
 
     def outputs(self, layer: Layer, start: str) -> tuple[np.ndarray, np.ndarray]:
         """Of every element of the layer's output tensor: which output it is, and of which row."""
@@ -172,94 +149,22 @@ class _Tracer:
                 raise Unknown(f"the model's output '{name}' holds the same numbers")
             inside = next((n for n in self.graph.nodes if name in n.captured), None)
             if inside is not None:
-                raise Unknown(f"a body of {_shown(inside)} reads the same numbers")
+                raise Unknown(f"a body of {shown(inside)} reads the same numbers")
             for node, i in self.graph.consumers.get(name, ()):
-                operator = self.registry.get(node.op)
+                operator = self.moves.registry.get(node.op)
                 if operator is not None and operator.from_shape is not None:
                     continue
-                found = self.moved(node, i)
-                if isinstance(found, str):
+                found = self.moves.of(node, i)
+                if found is None:
                     yield node, i
                 else:
                     queue += [(n, marks.reshape(-1)[move.at]) for n, move in found.items()]
 
-    def moved(self, node: Node, i: int) -> dict[str, _Move] | str:
-        """By output, what a node does with input i; or why it is no move."""
-        key = (node.index, i)
-        if key not in self.moves:
-            try:
-                self.moves[key] = self.move(node, i)
-            except Unknown as reason:
-                self.moves[key] = str(reason)
-        return self.moves[key]
-
-    def move(self, node: Node, i: int) -> dict[str, _Move]:
-        operator = self.registry.get(node.op)
-        shape = self.graph.shapes.get(node.inputs[i])
-        refusal = Unknown(f"{_shown(node)} lies between a layer and the product")
-        if operator is None or operator.evaluate is None or node.captured or shape is None or None in shape:
-            raise refusal
-        others = [n for k, n in enumerate(node.inputs) if n and k != i]
-        if any(self.computed(n) for n in others) or any(self.value(n) is None for n in others):
-            raise refusal
-        sizes = [int(n or 0) for n in shape]
-        added = None
-        if operator.shift is not None:
-            j, _, axis = operator.shift(node, i)
-            if axis is not None or j == i:
-                raise refusal
-            added = node.inputs[j]
-        noise = np.random.default_rng(0).standard_normal(sizes) * 10 ** np.random.default_rng(1).uniform(-3, 3, sizes)
-        try:
-            ones, places, seen = (
-                self.evaluated(operator, node, i, x, added)
-                for x in (np.ones(sizes), np.arange(1.0, noise.size + 1).reshape(sizes), noise)
-            )
-        except MALFORMED:
-            raise refusal from None
-        found = {}
-        for name, one, place, value in zip(node.outputs, ones, places, seen, strict=False):
-            if not name:
-                continue
-            scale = one.flat[0] if one.size else 0.0
-            if not scale or not np.all(one == scale):
-                raise refusal
-            at = np.rint(place / scale).astype(np.int64) - 1
-            if at.min() < 0 or at.max() >= noise.size:
-                raise refusal
-            if not np.allclose(value, scale * noise.reshape(-1)[at], rtol=1e-5, atol=0):
-                raise refusal
-            added_at = None
-            if added is not None:
-                of = self.value(added)
-                assert of is not None
-                added_at = np.broadcast_to(np.arange(of.size).reshape(of.shape), place.shape)
-            found[name] = _Move(at, added, added_at)
-        return found
-
-    def evaluated(
-        self, operator: Operator, node: Node, i: int, x: np.ndarray, added: str | None
-    ) -> Sequence[np.ndarray]:
-        """The node's outputs where input i is x and nothing is added."""
-        values: list[np.ndarray | None] = [self.value(n) if n and k != i else None for k, n in enumerate(node.inputs)]
-        values[i] = x
-        for k, name in enumerate(node.inputs):
-            of = values[k]
-            if k != i and name == added and of is not None:
-                values[k] = np.zeros_like(of)
-        assert operator.evaluate is not None
-        results = operator.evaluate(node, *values)
-        return [np.asarray(r, np.float64) for r in (results if isinstance(results, tuple) else (results,))]
-
-    def value(self, name: str) -> np.ndarray | None:
-        found = self.graph.values.get(name)
-        return self.graph.array(name) if found is None and name in self.graph.parameters else found
-
     def stored(self, name: str, at: np.ndarray) -> Added:
-        value = self.value(name)
+        value = self.moves.value(name)
         assert value is not None
         return Added(name if self.owned(name) else "", value.reshape(-1), at)
 
 
-def _shown(node: Node) -> str:
-    return f"{node.op} '{node.label}'"
+def _between(node: Node) -> Unknown:
+    return Unknown(f"{shown(node)} lies between a layer and the product")

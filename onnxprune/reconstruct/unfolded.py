@@ -13,21 +13,25 @@ import numpy as np
 from torch import Tensor
 
 from onnxprune.ops.rules import Linear
+from onnxprune.reconstruct.moves import Stored
 
 __all__ = ["Unfolded", "unfolded"]
 
+UNMOVED = Stored()
 BLOCK = 1 << 23  # numbers of rows that are unfolded at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Unfolded:
-    """Labels by what they do: groups, rows, columns (what is summed over) and outputs."""
+    """Labels by what they do: groups, rows, columns (what is summed over) and outputs. source: where the weight's
+    numbers are stored."""
 
     linear: Linear
     groups: tuple[str, ...]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     outputs: tuple[str, ...]
+    source: Stored
 
     def sizes(self) -> tuple[int, int, int]:
         """Numbers of groups, columns and outputs."""
@@ -39,14 +43,15 @@ class Unfolded:
         """A stored weight as (g, o, p), float64, with the product's scale in it."""
         order = self._order(1, (*self.groups, *self.outputs, *self.columns))
         g, p, o = self.sizes()
-        viewed = weight.reshape(self.linear.weight_shape).transpose(order)
+        viewed = self.source.seen(weight).reshape(self.linear.weight_shape).transpose(order)
         return np.array(viewed, np.float64).reshape(g, o, p) * self.linear.scale
 
     def stored(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The inverse of `matrix`."""
         order = self._order(1, (*self.groups, *self.outputs, *self.columns))
         sizes = [self.linear.weight_shape[k] for k in order]
-        return (matrix / self.linear.scale).reshape(sizes).transpose(np.argsort(order)).reshape(shape)
+        laid = (matrix / self.linear.scale).reshape(sizes).transpose(np.argsort(order))
+        return self.source.back(laid, shape)
 
     def _order(self, term: int, wanted: tuple[str, ...]) -> list[int]:
         return [self.linear.terms[term].index(n) for n in wanted]
@@ -76,7 +81,7 @@ def _taken(tensor: Tensor, at: tuple[np.ndarray, ...], shape: tuple[int, ...]) -
     return np.ascontiguousarray(picked.reshape(shape).double().numpy())
 
 
-def unfolded(linear: Linear) -> Unfolded | None:
+def unfolded(linear: Linear, source: Stored = UNMOVED) -> Unfolded | None:
     """None where an axis is summed over without a partner."""
     x, w, y = map(set, linear.terms)
     if (x - w - y) or (w - x - y) or (y - x - w):
@@ -88,4 +93,5 @@ def unfolded(linear: Linear) -> Unfolded | None:
         tuple(n for n in ordered[2] if n in x and n not in w),
         tuple(n for n in ordered[1] if n in x and n not in y),
         tuple(n for n in ordered[2] if n in w and n not in x),
+        source,
     )

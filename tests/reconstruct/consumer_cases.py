@@ -53,7 +53,10 @@ def model_of(case: Case, seed: int = 0) -> onnx.ModelProto:
         "case",
         [helper.make_tensor_value_info("x", TensorProto.DOUBLE, ["N", *case.shape])],
         [helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)],
-        [numpy_helper.from_array(np.asarray(w, np.float64), n) for n, w in weights.items()],
+        [
+            numpy_helper.from_array(np.asarray(w, np.float64 if np.asarray(w).dtype.kind == "f" else None), n)
+            for n, w in weights.items()
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 

@@ -28,6 +28,21 @@ def rows(nodes, weights, shape, **more):
     return Case(nodes, weights, shape, **more)
 
 
+def moved(w, *moves):
+    """A MatMul whose weight comes through static nodes: (operator, stored second input or None, attributes)."""
+    weights, nodes, last = {"w": r(w), "b": r((2, 2))}, [], "w"
+    for k, (op, value, attributes) in enumerate(moves):
+        nodes.append(node(op, [last, *([f"c{k}"] if value is not None else [])], [f"w{k}"], f"move {k}", **attributes))
+        weights |= {} if value is None else {f"c{k}": np.asarray(value)}
+        last = f"w{k}"
+    nodes += [
+        node("MatMul", ["h", last], ["m"], "consumer"),
+        node("Reshape", ["b", "flat"], ["b.flat"], "move b"),
+        node("Add", ["m", "b.flat"], ["y"], "add"),
+    ]
+    return Case(nodes, weights | {"flat": np.array([4])}, (3, 5))
+
+
 CASES = {
     "Conv": conv((5, 5, 6), (4, 6, 3, 3), 4, pads=[1, 1, 1, 1]),
     "Conv, strides, dilations, uneven pads": conv(
@@ -86,6 +101,21 @@ CASES = {
         {"w": r((6, 3, 2, 2))},
         (3, 5),
         free=None,
+    ),
+    "MatMul, transposed weight": moved((4, 6), ("Transpose", None, {"perm": [1, 0]})),
+    "MatMul, reshaped weight": moved((6, 2, 2), ("Reshape", np.array([-1, 4]), {})),
+    "MatMul, weight turned, squeezed, scaled": moved(
+        (4, 1, 6), ("Transpose", None, {}), ("Squeeze", np.array([1]), {}), ("Mul", np.array(0.5), {})
+    ),
+    "Conv, turned weight and bias with an axis": Case(
+        [
+            node("Transpose", ["w"], ["w.t"], "turn", perm=[3, 2, 0, 1]),
+            node("Squeeze", ["b", "first"], ["b.s"], "squeeze"),
+            node("Conv", ["h", "w.t", "b.s"], ["y"], "consumer"),
+        ],
+        {"w": r((3, 3, 6, 4)), "b": r((1, 4)), "first": np.array([0])},
+        (5, 5, 6),
+        "conv",
     ),
 }
 
