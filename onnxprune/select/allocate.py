@@ -29,7 +29,7 @@ import numpy as np
 from onnxprune.axes.analysis import Group
 from onnxprune.axes.expr import Atom
 
-__all__ = ["Allocation", "Budget", "allocate"]
+__all__ = ["DEAR", "Allocation", "Budget", "allocate"]
 
 SLACK = 1e-9
 TINY = 1e-9
@@ -154,6 +154,7 @@ def allocate(
     *,
     scope: str = "global",
     floor: float = 0.1,
+    dear: float = DEAR,
     settle: bool = True,
     overshoot: bool = True,
     whole: Collection[Atom] = (),
@@ -163,6 +164,7 @@ def allocate(
 
     losses: per group id what is lost with 0, 1, ... units; by default -log of the share of the importance that stays.
     whole: atoms that may lose all of their units.
+    dear: at how many times the price at which the way ended smaller blocks go on filling the gap.
     settle: whether blocks that go past the goal are tried where others leave more than 1 % of it.
     overshoot: where nothing at all would go, take the smallest block rather than do nothing in silence.
     """
@@ -174,7 +176,7 @@ def allocate(
     least = _least(state)
     if scope == "local":
         _same_share(state, goal)
-    price = _greedy(state, goal)
+    price = _greedy(state, goal, dear)
     if settle and state.total > goal * (1 + CLOSE):
         _settle(state, goal, price)
     if overshoot and state.total >= cost.total({}) * (1 - SLACK):
@@ -273,7 +275,7 @@ def _walk(state: _State, taken: Callable[[_Block], bool], *, back: bool = False,
             push(gid)
 
 
-def _greedy(state: _State, goal: float) -> float:
+def _greedy(state: _State, goal: float, dear: float) -> float:
     """Take what fits, and return the price at which the first block didn't."""
     price, ends = 0.0, False
     nothing = SLACK * max(map(np.ptp, state.losses.values()), default=0.0) / state.total
@@ -284,7 +286,7 @@ def _greedy(state: _State, goal: float) -> float:
         ends = ends or not fits
         if ends and price <= nothing:  # what costs nothing says nothing of the price
             price = max(block.price, 0.0)
-        return fits and (not ends or block.price <= DEAR * price)
+        return fits and (not ends or dear == math.inf or block.price <= dear * price)
 
     _walk(state, taken)
     return price
@@ -298,7 +300,8 @@ def _settle(state: _State, goal: float, price: float) -> None:
 
     def better(block: _Block) -> bool:
         nearer = abs(state.total - goal) - abs(state.total - block.saved - goal)
-        return block.lost < worth * nearer - least
+        needless = block.saved < 0 <= block.lost  # it would come back, and nothing is won
+        return not needless and block.lost < worth * nearer - least
 
     def total() -> float:
         return state.loss() + worth * abs(state.total - goal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError
 from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
 from onnxprune.select.align import steps
-from onnxprune.select.allocate import Allocation, Budget, allocate
+from onnxprune.select.allocate import DEAR, Allocation, Budget, allocate
 from onnxprune.select.importance import Criterion, Scores, scores
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
@@ -88,6 +89,7 @@ def choose(
     share: float = 1.0,
     cost: Budget | None = None,
     halve: bool = True,
+    fill: bool = False,
     calibration: Calibration | None = None,
     losses: Mapping[str, np.ndarray] | None = None,
 ) -> Choice:
@@ -98,7 +100,8 @@ def choose(
         1, ... of its units are gone, as `sensitivity` measures it; None: it is guessed from the importance.
     only: ids of the groups that may lose units; None: all. share: of the way to the target that is gone.
     cost: what the target's metric counts; None: one that the graph alone tells. halve: whether blocks are halved where
-        whole ones could reach the target but stay above it.
+        whole ones could reach the target but stay above it. fill: whether the last of the way is filled with whatever
+        fits, at any price, so that no plan goes past the target and plans for growing shares grow out of each other.
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
     Where whole blocks don't come within 1 % of the target, they are halved until they do. From 4 channels on they may
     go past it for that; below, which is slow, they are halved only where it is missed by more than 5 %, above or
@@ -133,7 +136,8 @@ def choose(
             steps(analysis, groups, block),
             scope=scope,
             floor=floor,
-            settle=block <= SLOW_BELOW or not halve,
+            dear=math.inf if fill else DEAR,
+            settle=not fill and (block <= SLOW_BELOW or not halve),
             overshoot=block == 1,
             whole=whole,
             losses=losses,

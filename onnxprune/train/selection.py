@@ -57,6 +57,7 @@ class Selection:
             allow_inexact=self.allow_inexact,
             only=self.families,
             share=share,
+            fill=True,
         )
         found = {}
         for family, values in scores.items():

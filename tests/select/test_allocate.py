@@ -80,12 +80,12 @@ CURVES = {"g0": np.arange(9.0), "g1": 0.2 * np.arange(33.0)}
 COARSE_AND_FINE = ((100.0, 8), (1.0, 32))  # a unit of the fine group loses 20 times as much per cost
 
 
-def ended(goal: float, **options: bool) -> tuple[int, int, float]:
+def ended(goal: float, **options: float) -> tuple[int, int, float]:
     """Units kept of a group of 8 that cost 100 each and one of 32 that cost 1, and what remains of their 832."""
     groups = groups_of(*(n for _, n in COARSE_AND_FINE))
     cost = Cost(0.0, tuple((c, (g.atom,)) for g, (c, _) in zip(groups, COARSE_AND_FINE, strict=True)))
     scores = {g.id: np.ones(g.size) for g in groups}
-    found = allocate(groups, scores, cost, goal, {"g0": 1, "g1": 1}, losses=CURVES, **options)
+    found = allocate(groups, scores, cost, goal, {"g0": 1, "g1": 1}, losses=CURVES, **options)  # type: ignore[arg-type]
     kept = [len(found.keep.get(g.id, range(g.size))) for g in groups]
     return kept[0], kept[1], found.remaining
 
@@ -93,6 +93,7 @@ def ended(goal: float, **options: bool) -> tuple[int, int, float]:
 def test_a_gap_is_not_filled_at_many_times_the_price() -> None:
     assert ended(728, settle=False) == (7, 32, 732)
     assert ended(728) == (7, 32, 732), "0.5 % above is near enough"
+    assert ended(728, dear=np.inf, settle=False) == (7, 28, 728)
 
 
 def test_a_block_goes_past_the_goal_where_that_is_nearer() -> None:
@@ -113,6 +114,15 @@ def test_what_a_large_block_makes_needless_comes_back() -> None:
     assert above.remaining == 90 and {gid: len(kept) for gid, kept in above.keep.items()} == {"g1": 10}
     found = allocate(groups, scores, cost, 60, **how)
     assert found.remaining == 60 and {gid: len(kept) for gid, kept in found.keep.items()} == {"g0": 1, "g1": 20}
+
+
+def test_units_that_cost_nothing_stay_gone() -> None:
+    """A large block goes past the goal; what a method in training has removed before does not come back for that."""
+    groups = groups_of(2, 20)
+    cost = Cost(0.0, ((100.0, (groups[0].atom,)), (1.0, (groups[1].atom,))))
+    scores = {"g0": np.ones(2), "g1": np.array([0.0] * 10 + [50.0] * 10)}
+    found = allocate(groups, scores, cost, 125, {"g0": 1, "g1": 1}, floor=0.0)
+    assert len(found.keep["g0"]) == 1 and found.keep["g1"].tolist() == list(range(10, 20))
 
 
 sizes = st.lists(st.tuples(st.integers(1, 40), st.integers(2, 8)), min_size=1, max_size=5)
