@@ -151,9 +151,17 @@ class Work:
         return pruned
 
     def _repaired(self, pruned: Graph, path: Path, result: Result) -> Graph:
+        from onnxprune.train.batching import Unfitting
+
         assert self.repairing is not None
-        with _as_file(self.original) as original:
-            model, result.repair = self.repairing.run(result.analysis, result.plan, original)
+        try:
+            with _as_file(self.original) as original:
+                model, result.repair = self.repairing.run(result.analysis, result.plan, original)
+        except Unfitting as error:
+            if self.request.repair != "auto" or self.request.calibrate is not None:
+                raise
+            result.warnings.append(f"nothing was repaired: {error}")
+            return pruned
         if model is None:
             return pruned
         self._rewrite(model, path)

@@ -112,7 +112,7 @@ class Repairing:
     def run(self, analysis: Analysis, plan: Plan, original: Path) -> tuple[Model | None, Repair]:
         """Solve. Gives the repaired model, marked as such, None where the pruned one is best left as it is.
 
-        original: the analysed model as a file.
+        original: the analysed model as a file. Raises DataError where the model can't be run in torch on the inputs.
         """
         from onnxprune.reconstruct import repair
         from onnxprune.train.batching import Unfitting, fitting
@@ -122,8 +122,12 @@ class Repairing:
             with fitting():
                 found = solve(self.inputs(analysis.graph, original))
         except Unfitting:  # it declares any batch, and takes one sample
-            with fitting(1):
-                found = solve(self.inputs(analysis.graph, original), batch=1)
+            try:
+                with fitting(1):
+                    found = solve(self.inputs(analysis.graph, original), batch=1)
+            except Unfitting as error:
+                error.hint = "--repair none prunes it without repair"
+                raise
         report = Repair(
             mode=self.mode,
             data="inputs drawn at random" if self.source is None else self.source.description,

@@ -16,7 +16,7 @@ from onnx import helper
 
 import onnxprune
 from onnxprune import cli
-from onnxprune.errors import NotMirrored, UsageError
+from onnxprune.errors import DataError, NotMirrored, UsageError
 from onnxprune.repairs import REPAIRED_KEY
 from onnxprune.report.document import compress_document
 from onnxprune.result import Result
@@ -165,6 +165,24 @@ def test_a_model_without_a_form_in_torch_is_pruned_without_repair(tmp_path: Path
         onnxprune.compress(proto, target="macs=0.5", data=given)
     assert refused.value.hint == "--repair none prunes it without repair"
     assert onnxprune.compress(proto, target="macs=0.5", data=given, repair="none").after is not None
+
+
+def test_a_model_that_torch_cannot_run_is_left_as_the_surgery_made_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error where repair was asked for, a warning where it was not."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise IndexError("index 7 is out of bounds")
+
+    monkeypatch.setattr("torch.fx.Interpreter.run_node", fails)
+    with pytest.raises(DataError, match="index 7 is out of bounds") as refused:
+        compress(data=str(data), repair="affine")
+    assert refused.value.hint == "--repair none prunes it without repair"
+    found = compress(tmp_path / "out.onnx", data=str(data))
+    assert found.repair is None and (tmp_path / "out.onnx").is_file()
+    (warning,) = (w for w in found.warnings if "repaired" in w)
+    assert warning.startswith("nothing was repaired: the model can't be computed on a sample at once")
 
 
 # a sweep

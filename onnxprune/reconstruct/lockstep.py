@@ -7,7 +7,8 @@ two steps the weights in front of what has not run may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node, Proxy
 from onnxprune.mirroring.build import Builder
 from onnxprune.model.graph import Graph
 from onnxprune.ops.registry import Operator
+from onnxprune.ops.rules import MALFORMED
 from onnxprune.reconstruct.frontier import Frontier
 
 __all__ = ["Lockstep", "Side"]
@@ -52,6 +54,13 @@ class Side:
         for part in self.targets[name].split("."):
             value = getattr(value, part)
         return value.detach()
+
+    def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Of the whole network; None for what is no tensor. Raises RuntimeError where it can't be run."""
+        with _running("the network"):
+            found = self.module.forward(*inputs)  # called, it would print a traceback
+        listed = list(found) if len(self.graph.outputs) > 1 else [found]
+        return [x if isinstance(x, torch.Tensor) else None for x in listed]
 
     def levels(self, solved: Collection[str], turned: Collection[Node] = ()) -> dict[Node, int]:
         """How many of the weights in `solved` lie one behind another in front of each node, its own included. turned:
@@ -132,10 +141,20 @@ class Lockstep:
         env: dict[Node, Any] = {by_name[key[1]]: v for key, v in held.items() if key[0] == k}
         side.interpreter.env = env
         for node, over in zip(run, ends, strict=True):
-            env[node] = side.interpreter.run_node(node)
+            with _running(node.name):
+                env[node] = side.interpreter.run_node(node)
             for n in over:
                 env.pop(n, None)
         return env
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """Whatever stops torch is a RuntimeError."""
+    try:
+        yield
+    except MALFORMED as error:
+        raise RuntimeError(f"{name}: {error}") from error
 
 
 def _last_uses(run: list[Node], wanted: Collection[Node]) -> list[list[Node]]:

@@ -32,8 +32,8 @@ class Move:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stored:
-    """Where the numbers of a tensor are stored, each of them once: in the parameter `name`. reason: it is nowhere, and why,
-    as a predicate.
+    """Where the numbers of a tensor are stored, each of them once: in the parameter `name`. reason: why they are
+    nowhere, as a predicate.
 
     names: of the parameter and of what lies between. at: for every element of the tensor the flat index of the one that
     it is, times `scale`; None where it is the parameter itself.

@@ -6,7 +6,7 @@
 3. The ridge problem of each is solved (`solve`), and its new weight stands in the pruned network when that runs on.
    In front of an activation that is flat somewhere it is solved again, for what the activation gives (`beyond`).
 4. On the batches that were held out, the outputs of the repaired network are compared with those of the sliced one.
-   Where they are no closer to the original's, nothing is changed.
+   Where they are no closer to the original's, nothing is changed (where they are integers: where more are wrong).
 Each network runs once over the data, whatever the number of consumers.
 """
 
@@ -45,6 +45,7 @@ MEMORY = 2 << 30
 LARGEST_BATCH = 16
 BATCHES = 16  # at least, where there are as many samples: every fifth is held out
 HOLD_OUT = 5
+FAINTEST = 1e-12  # of the mean square of an output: a smaller variance is rounding
 TURNS = 2  # for what an activation behind a layer gives
 
 Batches = Iterable[Mapping[str, np.ndarray]]
@@ -101,7 +102,7 @@ def repair(
     progress: called with the steps that are done, and their number.
 
     The model is that of `rewrite(analysis, plan)` with other values in some stored tensors. Raises NotMirrored where
-    the model can't be run in torch, DataError where there is no data.
+    the model has no form in torch, RuntimeError where that can't be run on the inputs, DataError where there are none.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
@@ -124,7 +125,7 @@ def repair(
             work.run(steps[k], [t for s in steps[k + 1 :] for t in s])
         progress(len(steps), len(steps))
         before, after = work.judge()
-    dropped = bool(work.values) and not after < before
+    dropped = bool(work.values) and not (after < before or (work.coarse and after == before))
     if dropped:
         work.values.clear()
     values: dict[Path, np.ndarray] = {(name,): array for name, array in work.values.items()}
@@ -156,6 +157,7 @@ class _Work:
         self.left: list[Left] = []
         self.tasks: list[Task] = []
         self.held_out = 0
+        self.coarse = False  # whether the outputs tell whether they are right, but not by how much they are wrong
         self.sizes: list[int] = []
         for consumer in found:
             reason = "its weight or its input has no tensor of its own in the mirror"
@@ -189,7 +191,7 @@ class _Work:
             self.lockstep.append(tensors)
             if k % HOLD_OUT == HOLD_OUT - 1 or not k:  # the first in case that there are few
                 self.judged.append(dict(enumerate(tensors)))
-            self.sizes.append(len(inputs[names[0]]) if np.ndim(inputs[names[0]]) else 1)
+            self.sizes.append(len(inputs[names[0]]) if names and np.ndim(inputs[names[0]]) else 1)
         if not self.sizes:
             raise DataError("there are no inputs to repair the model on", "give at least one batch")
         self.held_out = sum(n for k, n in enumerate(self.sizes) if self.is_held(k))
@@ -202,21 +204,25 @@ class _Work:
     @torch.no_grad()
     def judge(self) -> tuple[float, float]:
         """Error of the pruned network's outputs with the sliced weights and with the new ones, relative to the variance
-        of the original's, summed over the outputs."""
+        of the original's, summed over the outputs: of those that are numbers, or the share of integers that differ
+        where there are no numbers."""
         first = 1 if len(self.judged) > 1 else 0
-        sums: list[list[np.ndarray]] = []
+        sums: list[list[np.ndarray | None]] = []
         for k in range(first, len(self.judged)):
             inputs = [x for _, x in sorted(self.judged.take(k).items())]
-            wanted = _floats(self.original.module(*inputs))
-            new = _floats(self.pruned.module(*inputs))
+            wanted, new = (side.outputs(inputs) for side in (self.original, self.pruned))
             self.swap()
-            old = _floats(self.pruned.module(*inputs))
+            old = self.pruned.outputs(inputs)
             self.swap()
-            sums.append([_squares(*t) for t in zip(wanted, old, new, strict=True)])
+            sums.append([_errors(*t) for t in zip(wanted, old, new, strict=True)])
+        found = [[x for x in output if x is not None] for output in zip(*sums, strict=True)]
+        whole = [np.sum(output, 0) for output in found if len(output) == len(sums)]  # no output's size may differ
+        numbers = [x for x in whole if x[0]]
+        self.coarse = not numbers
         total = np.zeros(2)
-        for outputs in zip(*sums, strict=True):
-            n, first_moment, second, *errors = np.sum(outputs, 0)
-            total += np.array(errors) / max(second - first_moment**2 / max(n, 1), np.finfo(float).tiny)
+        for floating, n, first_moment, second, *errors in numbers or whole:
+            spread = second - first_moment**2 / max(n, 1) if floating else second
+            total += np.array(errors) / max(spread, FAINTEST * second, np.finfo(float).tiny)
         return float(total[0]), float(total[1])
 
     def swap(self) -> None:
@@ -295,20 +301,23 @@ def _batches(data: Source | Batches, samples: int, batch: int | None, seed: int)
     for inputs in data:
         if left <= 0:
             return
-        count = min((len(a) for a in inputs.values() if np.ndim(a)), default=1)
         yield inputs
-        left -= count
+        left -= max(1, min((len(a) for a in inputs.values() if np.ndim(a)), default=1))
 
 
-def _floats(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    return [x.double() for x in found if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _squares(wanted: Tensor, old: Tensor, new: Tensor) -> np.ndarray:
-    """Number, sum and sum of squares of the elements, and those of the squared errors."""
+def _errors(wanted: Tensor | None, old: Tensor | None, new: Tensor | None) -> np.ndarray | None:
+    """Of an output: whether it is one of numbers; how many elements; their sum and sum of squares, and those of the
+    squared errors. Elements that the original has no finite number for don't count. Of integers the elements, 0, the
+    elements, and how many are wrong. None where they can't be compared."""
+    if wanted is None or old is None or new is None or not wanted.shape == old.shape == new.shape:
+        return None
+    if not wanted.is_floating_point():
+        n = wanted.numel()
+        return np.array([0, n, 0, n, *(int((x != wanted).sum()) for x in (old, new))], np.float64)
+    finite = wanted.isfinite()
+    wanted, old, new = (x.double()[finite] for x in (wanted, old, new))
     errors = (float((x - wanted).square().sum()) for x in (old, new))
-    return np.array([wanted.numel(), float(wanted.sum()), float(wanted.square().sum()), *errors])
+    return np.array([1, wanted.numel(), float(wanted.sum()), float(wanted.square().sum()), *errors])
 
 
 def _as_tensor(array: np.ndarray) -> Tensor:

@@ -104,7 +104,7 @@ def _solved(matrix: np.ndarray, right: np.ndarray, size: float) -> tuple[np.ndar
     """right (matrix + r I)^-1, where r grows until the matrix is positive definite to rounding. `matrix` is used up."""
     diagonal = np.einsum("ii->i", matrix)
     unit = diagonal.mean()
-    if not unit > 0:
+    if not 0 < unit < np.inf:
         return np.zeros_like(right), 1.0
     diagonal += size * unit
     jitter = JITTER

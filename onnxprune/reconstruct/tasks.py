@@ -24,11 +24,13 @@ from onnxprune.reconstruct.lockstep import Lockstep, Side
 from onnxprune.reconstruct.logits import Logits
 from onnxprune.reconstruct.moments import Moments
 from onnxprune.reconstruct.solve import Solution, solve
+from onnxprune.reconstruct.unfolded import Misfit
 
 __all__ = ["ConsumerRepair", "LinearTask", "ProductTask", "Settings", "Task"]
 
 ROWS = 1 << 17
 ROWS_PER_COLUMN = 64
+RESIZED = "its axes are not those of the sizes that the file was analysed with"
 
 Values = Sequence[Mapping[Node, Any]]  # of both networks' nodes, for one batch
 
@@ -132,6 +134,9 @@ class LinearTask(Task):
         self.moments: list[Moments] = []
         self.solution: Solution | None = None
         self.beyond: Beyond | None = None
+        self.changed: set[str] = set()
+        self.misfit = ""  # why it can't be solved for
+        self.settled = False  # no further turn changes it
 
     @property
     def inputs(self) -> list[Node]:
@@ -177,23 +182,41 @@ class LinearTask(Task):
         return graph.array(name).astype(np.float64) if name in graph.parameters else None
 
     def gather(self, values: Values, *, held: bool, batch: int, batches: int) -> None:
+        if self.misfit or self.settled:
+            return
         start = time.perf_counter()
-        form = self.consumer.form
-        moments, turn = self.moments[held], bool(self.solution)
         limit = -(-max(ROWS, ROWS_PER_COLUMN * self.consumer.sizes()[1]) // batches)
-        rng = np.random.default_rng((self.settings.seed, batch))
-        x = form.linear.unfold(values[1][self.inputs[0]])
-        for rows, targets in form.blocks(x, self.target(values), limit, rng):
-            (moments.aim if turn else moments.add)(rows, targets)
+        try:
+            self.add(values, self.moments[held], limit, np.random.default_rng((self.settings.seed, batch)))
+        except Misfit as reason:
+            self.misfit = str(reason)
         self.seconds += time.perf_counter() - start
 
+    def add(self, values: Values, moments: Moments, limit: int, rng: np.random.Generator) -> None:
+        form = self.consumer.form
+        x = form.linear.unfold(values[1][self.inputs[0]])
+        for rows, targets in form.blocks(x, self.target(values), limit, rng):
+            finite = np.isfinite(rows.sum() + targets.sum())
+            if self.solution is None and finite:
+                moments.add(rows, targets)
+            elif self.solution is None:
+                usable = np.isfinite(rows).all((0, 2)) & np.isfinite(targets).all((0, 2))
+                moments.add(rows[:, usable], targets[:, usable])
+            elif finite:
+                moments.aim(rows, targets)
+            else:  # other rows than those whose moments there are
+                self.settled = True
+
     def target(self, values: Values) -> Tensor:
-        """What the output should be, with the axes of the rule's third term."""
+        """What the output should be, with the axes of the rule's third term. Raises Misfit."""
         consumer, tensor = self.consumer, values[0][self.aims[0]]
         if self.beyond is not None:
             y, u = (values[1][n] for n in self.tried)
+            if _sizes(tensor, self.original, self.beyond.of, self.beyond.kept) != u.shape or u.shape != y.shape:
+                raise Misfit("what it is added to has other rows than in the original")
             return consumer.form.linear.unfold_output(self.beyond.aims(y, u, tensor, self.slope, self.flat))
         if consumer.original is None:
+            _sizes(tensor, self.original, consumer.y, consumer.kept)
             for axis, mask in enumerate(consumer.kept):
                 tensor = tensor if mask is None else tensor.index_select(axis, torch.from_numpy(mask))
             return consumer.form.linear.unfold_output(tensor)
@@ -206,23 +229,43 @@ class LinearTask(Task):
         start = time.perf_counter()
         settings, offset = self.settings, self.consumer.offset
         fit, held = self.moments
-        free = self.place is not None
-        found = solve(fit, held, self.weight, offset, settings.mode, free=free, ridges=settings.ridges)
-        self.solution = found if self.solution is None else replace(found, before=self.solution.before)
-        changed: dict[str, np.ndarray] = {}
-        if found.mode in ("ls", "affine"):
-            changed[self.consumer.weight] = self.consumer.form.stored(found.weight, tuple(self.stored.shape))
-        if found.mode in ("mean", "affine") and self.place is not None and self.laid is not None:
-            changed[self.place.name] = self.laid + self.place.lay((found.offset - offset).reshape(-1))
+        self.rows = fit.n + held.n
+        if not fit.n and not self.misfit:
+            self.misfit = "none of the inputs gives it rows to learn from"
+        if not self.misfit and not self.settled:
+            free = self.place is not None
+            found = solve(fit, held, self.weight, offset, settings.mode, free=free, ridges=settings.ridges)
+            self.solution = found if self.solution is None else replace(found, before=self.solution.before)
         if turn == self.turns - 1:
-            self.rows = fit.n + held.n
             self.moments = []
+        changed = self.new_values()
         self.seconds += time.perf_counter() - start
         return changed
 
-    def report(self) -> ConsumerRepair:
+    def new_values(self) -> dict[str, np.ndarray]:
+        """Of the stored tensors that it changes, or has changed in an earlier turn."""
+        found = None if self.misfit else self.solution
+        mode = "none" if found is None else found.mode
+        form, place = self.consumer.form, self.place
+        if mode in ("ls", "affine"):
+            self.changed.add(self.consumer.weight)
+        if mode in ("mean", "affine") and place is not None:
+            self.changed.add(place.name)
+        values: dict[str, np.ndarray] = {}
+        if self.consumer.weight in self.changed:
+            matrix = self.weight if found is None else found.weight
+            values[self.consumer.weight] = form.stored(matrix, tuple(self.stored.shape))
+        if place is not None and self.laid is not None and place.name in self.changed:
+            offset = self.consumer.offset
+            values[place.name] = self.laid + place.lay(
+                ((offset if found is None else found.offset) - offset).reshape(-1)
+            )
+        return values
+
+    def report(self) -> ConsumerRepair | Left:
         found = self.solution
-        assert found is not None
+        if self.misfit or found is None:
+            return Left(self.label, self.op, self.groups, self.misfit)
         columns = self.consumer.sizes()[1]
         return ConsumerRepair(
             self.label,
@@ -293,8 +336,7 @@ class ProductTask(Task):
 
     def report(self) -> ConsumerRepair | Left:
         if not self.samples:
-            reason = "its axes are not those of the sizes that the file was analysed with"
-            return Left(self.label, self.op, self.groups, reason)
+            return Left(self.label, self.op, self.groups, RESIZED)
         found, columns = self.solution, self.product.sizes()[1]
         return ConsumerRepair(
             self.label,
@@ -311,3 +353,12 @@ class ProductTask(Task):
             self.seconds,
             self.taken,
         )
+
+
+def _sizes(tensor: Tensor, side: Side, name: str, masks: Sequence[np.ndarray | None]) -> tuple[int, ...]:
+    """Of a tensor less what the masks leave out. Raises Misfit where an axis with a mask is not of the size that it was
+    analysed with."""
+    analysed = side.graph.shapes.get(name) or tensor.shape
+    if any(m is not None and tensor.shape[k] != analysed[k] for k, m in enumerate(masks)):
+        raise Misfit(RESIZED)
+    return tuple(n if m is None else len(m) for n, m in zip(tensor.shape, masks, strict=True))

@@ -15,10 +15,14 @@ from torch import Tensor
 from onnxprune.ops.rules import Linear
 from onnxprune.reconstruct.moves import Stored
 
-__all__ = ["Unfolded", "unfolded"]
+__all__ = ["Misfit", "Unfolded", "unfolded"]
 
 UNMOVED = Stored()
 BLOCK = 1 << 23  # numbers of rows that are unfolded at a time
+
+
+class Misfit(Exception):
+    """The tensors of the two networks don't belong together, for this reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,15 @@ class Unfolded:
         self, x: Tensor, y: Tensor, limit: int, rng: np.random.Generator
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows (g, n, p) and targets (g, n, o) in float64, at most `limit` rows in all, drawn evenly where there are
-        more. x: the unfolded input; y: the targets with the axes of the third term."""
+        more. x: the unfolded input; y: the targets with the axes of the third term. Raises Misfit where these are of
+        other rows: some networks choose rows by what they compute, such as the expert for a word."""
         x = x.permute(self._order(0, (*self.rows, *self.groups, *self.columns)))
         y = y.permute(self._order(2, (*self.rows, *self.groups, *self.outputs)))
         g, p, o = self.sizes()
         places = tuple(x.shape[: len(self.rows)])
         if tuple(y.shape[: len(self.rows)]) != places:
-            raise ValueError(f"rows {places} of the input, {tuple(y.shape[: len(self.rows)])} of the output")
+            counts = prod(places), prod(y.shape[: len(self.rows)])
+            raise Misfit("it is given other rows than in the original: {} and {} for the same inputs".format(*counts))
         count = prod(places)
         chosen = np.arange(count) if count <= limit else np.sort(rng.choice(count, limit, replace=False))
         step = max(1, BLOCK // max(1, g * p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -244,3 +245,79 @@ def test_shared_weights_are_left():
 def test_no_inputs_is_an_error(pruned):
     with pytest.raises(DataError, match="no inputs"):
         repair(*pruned, [])
+
+
+def routed(limit=0.0):
+    """Rows are chosen by what the pruned layer gives: which ones, and how many, depends on the network."""
+    rng = np.random.default_rng(0)
+    weights = {"v": rng.standard_normal((6, 1)), "limit": np.array(limit), "w": rng.standard_normal((6, 4))}
+    nodes = [
+        node("MatMul", ["h", "v"], ["score"], "score"),
+        node("Greater", ["score", "limit"], ["chosen"], "chosen"),
+        node("NonZero", ["chosen"], ["places"], "places"),
+        node("Split", ["places"], ["row", "column"], "split", axis=0),
+        node("Squeeze", ["row", "axes"], ["at"], "squeeze"),
+        node("Gather", ["h", "at"], ["rows"], "rows"),
+        node("MatMul", ["rows", "w"], ["expert"], "expert"),
+        node("ReduceSum", ["expert", "axes"], ["sum"], "sum"),
+        node("MatMul", ["h", "u"], ["all"], "all"),
+        node("Add", ["all", "sum"], ["y"], "add"),
+    ]
+    return model_of(Case(nodes, weights | {"axes": np.array([0]), "u": rng.standard_normal((6, 4))}, (5,)))
+
+
+def test_a_layer_that_is_given_other_rows_is_left():
+    analysis, plan = planned(routed())
+    given = [{"x": np.random.default_rng(k).standard_normal((30, 5))} for k in range(6)]
+    assert [c.label for c in repair(analysis, plan, given, turns=0).consumers] == ["score", "all"]
+    (left,) = repair(analysis, plan, given, turns=0).left
+    assert left.label == "expert"
+    assert re.fullmatch(r"it is given other rows than in the original: \d+ and \d+ for the same inputs", left.reason)
+
+
+def test_a_layer_that_is_given_no_rows_is_left():
+    analysis, plan = planned(routed(limit=1e6))
+    repaired = repair(analysis, plan, [{"x": np.random.default_rng(0).standard_normal((30, 5))}])
+    assert [(x.label, x.reason) for x in repaired.left] == [
+        ("expert", "none of the inputs gives it rows to learn from")
+    ]
+
+
+def ending(*nodes, outputs, weights=None):
+    """A layer whose input is pruned, and what is made of its output."""
+    rng = np.random.default_rng(0)
+    stored = {"w": rng.standard_normal((6, 4)), "b": rng.standard_normal(4), **(weights or {})}
+    case = Case([node("Gemm", ["h", "w", "b"], ["z"], "consumer"), *nodes, node("Abs", ["z"], ["y"])], stored, (5,))
+    model = model_of(case)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(n, t, None) for n, t in outputs.items())
+    return planned(model)
+
+
+def numbers(count=10):
+    return [{"x": np.random.default_rng(k).standard_normal((16, 5))} for k in range(count)]
+
+
+def test_elements_without_a_number_do_not_count():
+    nodes = [node("Greater", ["x.0", "zero"], ["hidden"]), node("Where", ["hidden", "low", "z"], ["masked"], "mask")]
+    first = [node("Slice", ["x", "starts", "ends", "axis"], ["x.0"])]
+    weights = {"zero": np.array(0.0), "low": np.array(-np.inf)}
+    weights |= {"starts": np.array([0]), "ends": np.array([1]), "axis": np.array([1])}
+    plain = repair(*ending(outputs={"y": TensorProto.DOUBLE}), numbers())
+    masked = repair(*ending(*first, *nodes, outputs={"masked": TensorProto.DOUBLE}, weights=weights), numbers())
+    assert not masked.dropped and masked.after < masked.before
+    assert masked.before == pytest.approx(plain.before, rel=0.5)
+
+
+def test_an_output_of_another_size_is_no_judge():
+    nodes = [node("NonZero", ["sure"], ["found"]), node("Greater", ["z", "zero"], ["sure"])][::-1]
+    given = {"y": TensorProto.DOUBLE, "found": TensorProto.INT64}
+    other = repair(*ending(*nodes, outputs=given, weights={"zero": np.array(0.0)}), numbers())
+    plain = repair(*ending(outputs={"y": TensorProto.DOUBLE}), numbers())
+    assert (other.before, other.after) == (plain.before, plain.after) and not other.dropped
+
+
+def test_labels_are_judged_by_how_many_are_right():
+    found = repair(*ending(node("ArgMax", ["z"], ["label"], axis=1), outputs={"label": TensorProto.INT64}), numbers())
+    assert not found.dropped and found.after <= found.before
+    assert found.before * found.held_out == pytest.approx(round(found.before * found.held_out))
