@@ -92,6 +92,7 @@ class Lockstep:
         self.sides = sides
         self.frontier = frontier
         self.done: list[set[Node]] = [set(s.inputs) for s in sides]
+        self.lost: set[int] = set()  # batches that one of the networks can't be run on
 
     def append(self, inputs: Sequence[torch.Tensor]) -> None:
         """A batch of inputs, in the models' order."""
@@ -108,7 +109,8 @@ class Lockstep:
     ) -> None:
         """Run both sides up to the nodes of `now`, and show their values batch by batch: visit(batch, values by node).
         later: what is still to be asked for after this step. tried: nodes that are run and shown as well, but not kept,
-        for weights in front of them are still to change."""
+        for weights in front of them are still to change. A batch that a network can't be run on is left out from then
+        on. Raises RuntimeError where there is no other."""
         runs, keeps, ends = [], [], []
         for side, done, wanted, after, also in zip(self.sides, self.done, now, later, tried, strict=False):
             ahead = side.ancestors(wanted) - done
@@ -123,7 +125,17 @@ class Lockstep:
         with torch.no_grad():
             for batch in range(len(self.frontier)):
                 held = self.frontier.take(batch)
-                values = [self._run(k, runs[k], ends[k], held) for k in range(len(self.sides))]
+                if batch in self.lost:
+                    continue
+                try:
+                    values = [self._run(k, runs[k], ends[k], held) for k in range(len(self.sides))]
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:
+                    self.lost.add(batch)
+                    if len(self.lost) == len(self.frontier):
+                        raise
+                    continue
                 visit(batch, values)
                 self.frontier.put(
                     batch,

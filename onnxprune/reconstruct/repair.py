@@ -57,8 +57,8 @@ class Repaired:
 
     before, after: error of the model's outputs on the inputs that were held out, relative to their variance, with the
     sliced weights and with the new ones. dropped: it was no smaller, and the model has the sliced weights.
-    samples: how many inputs were used; held_out: how many of them to judge by. peak_bytes: of activations held in
-    memory between steps; spilled_bytes: of those written to files.
+    samples: how many inputs the networks could be run on; held_out: how many of them to judge by. peak_bytes: of
+    activations held in memory between steps; spilled_bytes: of those written to files.
     """
 
     model: Model
@@ -118,7 +118,7 @@ def repair(
         sides = Side(graph, registry), Side(pruned, registry)
         settings = Settings(mode, tuple(ridges), turns, memory_limit, seed)
         work = _Work(Lockstep(sides, frontier), judged, found, settings)
-        taken = work.load(data, samples, batch)
+        work.load(data, samples, batch)
         steps = work.steps()
         for k in range(len(steps)):
             progress(k, len(steps))
@@ -136,7 +136,7 @@ def repair(
         before,
         after,
         dropped,
-        taken,
+        work.samples,
         work.held_out,
         len(steps),
         time.perf_counter() - start,
@@ -156,7 +156,6 @@ class _Work:
         self.reports: list[ConsumerRepair] = []
         self.left: list[Left] = []
         self.tasks: list[Task] = []
-        self.held_out = 0
         self.coarse = False  # whether the outputs tell whether they are right, but not by how much they are wrong
         self.sizes: list[int] = []
         for consumer in found:
@@ -183,8 +182,8 @@ class _Work:
         places = ((names, self.pruned.targets), (inputs, self.pruned.places), (aims, self.original.places))
         return all(n in known for wanted, known in places for n in wanted)
 
-    def load(self, data: Source | Batches, samples: int, batch: int | None) -> int:
-        """Take the inputs; returns how many."""
+    def load(self, data: Source | Batches, samples: int, batch: int | None) -> None:
+        """Take the inputs. Raises DataError where there are none."""
         names = self.original.module.meta["inputs"]
         for k, inputs in enumerate(_batches(data, samples, batch, self.settings.seed)):
             tensors = [_as_tensor(inputs[n]) for n in names]
@@ -194,8 +193,15 @@ class _Work:
             self.sizes.append(len(inputs[names[0]]) if names and np.ndim(inputs[names[0]]) else 1)
         if not self.sizes:
             raise DataError("there are no inputs to repair the model on", "give at least one batch")
-        self.held_out = sum(n for k, n in enumerate(self.sizes) if self.is_held(k))
-        return sum(self.sizes)
+
+    @property
+    def samples(self) -> int:
+        """How many the networks could be run on."""
+        return sum(n for k, n in enumerate(self.sizes) if k not in self.lockstep.lost)
+
+    @property
+    def held_out(self) -> int:
+        return sum(n for k, n in enumerate(self.sizes) if self.is_held(k) and k not in self.lockstep.lost)
 
     def is_held(self, batch: int) -> bool:
         every = HOLD_OUT if len(self.sizes) >= HOLD_OUT else max(len(self.sizes), 2)
@@ -206,15 +212,7 @@ class _Work:
         """Error of the pruned network's outputs with the sliced weights and with the new ones, relative to the variance
         of the original's, summed over the outputs: of those that are numbers, or the share of integers that differ
         where there are no numbers."""
-        first = 1 if len(self.judged) > 1 else 0
-        sums: list[list[np.ndarray | None]] = []
-        for k in range(first, len(self.judged)):
-            inputs = [x for _, x in sorted(self.judged.take(k).items())]
-            wanted, new = (side.outputs(inputs) for side in (self.original, self.pruned))
-            self.swap()
-            old = self.pruned.outputs(inputs)
-            self.swap()
-            sums.append([_errors(*t) for t in zip(wanted, old, new, strict=True)])
+        sums = [[_errors(*t) for t in zip(*outputs, strict=True)] for outputs in self.compared()]
         found = [[x for x in output if x is not None] for output in zip(*sums, strict=True)]
         whole = [np.sum(output, 0) for output in found if len(output) == len(sums)]  # no output's size may differ
         numbers = [x for x in whole if x[0]]
@@ -224,6 +222,29 @@ class _Work:
             spread = second - first_moment**2 / max(n, 1) if floating else second
             total += np.array(errors) / max(spread, FAINTEST * second, np.finfo(float).tiny)
         return float(total[0]), float(total[1])
+
+    def compared(self) -> Iterator[tuple[list[Tensor | None], ...]]:
+        """Outputs of the original, the sliced and the repaired network on the inputs that were held out, but for those
+        that can't be run on. Raises RuntimeError where none can, or the repaired network can't where the sliced one can
+        be."""
+        failed: RuntimeError | None = None
+        seen = False
+        for k in range(int(len(self.judged) > 1), len(self.judged)):
+            inputs = [x for _, x in sorted(self.judged.take(k).items())]
+            self.swap()
+            try:
+                wanted, old = (side.outputs(inputs) for side in (self.original, self.pruned))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                failed = error
+                continue
+            finally:
+                self.swap()
+            yield wanted, old, self.pruned.outputs(inputs)
+            seen = True
+        if failed is not None and not seen:
+            raise failed
 
     def swap(self) -> None:
         """Exchange the new weights with the sliced ones."""

@@ -169,6 +169,7 @@ class LinearTask(Task):
     def start(self, turn: int) -> None:
         size = self.consumer.sizes()
         self.moments = [m.aimed() for m in self.moments] if turn else [Moments.zeros(*size) for _ in range(2)]
+        self.seen = 0
         if self.beyond is not None:
             rank = len(self.beyond.kept)
             self.slope = self.beyond.slope(self.value, rank)
@@ -204,8 +205,7 @@ class LinearTask(Task):
                 moments.add(rows[:, usable], targets[:, usable])
             elif finite:
                 moments.aim(rows, targets)
-            else:  # other rows than those whose moments there are
-                self.settled = True
+                self.seen += rows.shape[1]
 
     def target(self, values: Values) -> Tensor:
         """What the output should be, with the axes of the rule's third term. Raises Misfit."""
@@ -230,6 +230,8 @@ class LinearTask(Task):
         settings, offset = self.settings, self.consumer.offset
         fit, held = self.moments
         self.rows = fit.n + held.n
+        if turn and self.seen != self.rows:  # it was not shown the rows that there are moments of
+            self.settled = True
         if not fit.n and not self.misfit:
             self.misfit = "none of the inputs gives it rows to learn from"
         if not self.misfit and not self.settled:

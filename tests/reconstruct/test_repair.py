@@ -321,3 +321,15 @@ def test_labels_are_judged_by_how_many_are_right():
     found = repair(*ending(node("ArgMax", ["z"], ["label"], axis=1), outputs={"label": TensorProto.INT64}), numbers())
     assert not found.dropped and found.after <= found.before
     assert found.before * found.held_out == pytest.approx(round(found.before * found.held_out))
+
+
+def test_inputs_that_a_network_cannot_be_run_on_are_left_out(pruned):
+    """They are of a size that the network has no room for."""
+    analysis, plan = pruned
+    given = batches(10, 8)
+    wrong = {n: x[:, :2] for n, x in given[0].items()}
+    repaired = repair(analysis, plan, [*given[:3], wrong, *given[4:9], wrong])
+    assert (repaired.samples, repaired.held_out) == (64, 8)
+    assert repaired.after < repaired.before and not repaired.dropped
+    with pytest.raises(RuntimeError):
+        repair(analysis, plan, [wrong] * 3)
