@@ -90,6 +90,10 @@ class Work:
         return cls(graph, request, source, recovery, repairing, metric, judged)
 
     @property
+    def repairs_on_data(self) -> bool:
+        return self.repairing is not None and self.repairing.source is not None
+
+    @property
     def changes_weights(self) -> bool:
         """Whether anything comes after the surgery."""
         return self.recovery is not None or self.repairing is not None

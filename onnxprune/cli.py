@@ -146,10 +146,11 @@ def main() -> None:
 )
 @_option(
     "--importance",
-    type=click.Choice(IMPORTANCE),
-    default="l2",
+    type=click.Choice(("auto", *IMPORTANCE)),
+    default="auto",
     show_default=True,
-    help="Which units are worth the least; from wanda on it is found out on --data.",
+    help="Which units are worth the least; from wanda on it is found out on --data. "
+    "auto: obs or wanda where there is a repair on --data, else l2.",
 )
 @_option(
     "--allocate",

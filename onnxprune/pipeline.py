@@ -68,7 +68,7 @@ def compress(
     target: str,
     method: str | type[Sparsifier] = ONESHOT,
     method_options: Mapping[str, Any] | None = None,
-    importance: str | Criterion = "l2",
+    importance: str | Criterion = "auto",
     allocate: str = "importance",
     sensitivity: str | os.PathLike[str] | None = None,
     scope: str = "global",

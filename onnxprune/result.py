@@ -189,7 +189,8 @@ class Accuracy:
 
 @dataclass(eq=False)
 class Result:
-    """The outcome of `compress`. `after`, `verification` and `latency` are None in a dry run."""
+    """The outcome of `compress`. `after`, `verification` and `latency` are None in a dry run. ranking: by what units
+    were chosen, in words."""
 
     before: ModelSummary
     after: ModelSummary | None
@@ -206,5 +207,6 @@ class Result:
     timing: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     model: Model | None = None
+    ranking: str = ""
     align: int = 1
     aligned: tuple[int, int, int, int] = (0, 0, 0, 0)

@@ -96,7 +96,7 @@ class Prepared:
         """Of a method in training, what a dry run shows instead."""
         request = self.request
         if self.method is not None:
-            return Ranking("l2")
+            return Ranking("l2", about="l2")
         return ranking(
             self.analysis,
             candidates(self.analysis, allow_inexact=request.allow_inexact),
@@ -105,6 +105,7 @@ class Prepared:
             allocate=request.allocate,
             stored=None if request.sensitivity is None else Path(request.sensitivity),
             samples=request.samples,
+            repaired=self.work.repairs_on_data,
             seed=request.seed,
         )
 
@@ -116,7 +117,6 @@ class Prepared:
             goal,
             **more,
             importance=self.ranked.importance,
-            calibration=self.ranked.calibration,
             losses=self.ranked.losses,
             scope=request.scope,
             floor=request.floor,
@@ -172,6 +172,7 @@ class Point:
             prepared.analysis,
             align=choice.align,
             aligned=aligned_counts(prepared.analysis, choice.plan, block),
+            ranking=prepared.ranked.about,
         )
         tentative = prepared.method is not None and not request.dry_run
         found.warnings = _warnings(prepared.graph, block if tentative else choice.align, block)
@@ -224,6 +225,7 @@ class Point:
         )
         result.analysis, result.plan, result.target = zero.analysis, zero.plan, zero.outcome
         result.sparsified, result.align = zero.summary, zero.block
+        result.ranking = f"method {zero.summary.method}"
         result.aligned = aligned_counts(zero.analysis, zero.plan, block)
         result.warnings += _smaller_blocks(zero.block, block)
         if not zero.outcome.met and not request.best_effort:

@@ -75,14 +75,14 @@ def test_data_alone_repairs_and_trains_nothing(repaired: Result) -> None:
     accuracy, repair = repaired.accuracy, repaired.repair
     assert repaired.training is None and accuracy is not None and repair is not None
     assert accuracy.pruned is not None and accuracy.repaired is None
-    assert accuracy.pruned < 0.9 < accuracy.after  # agreement with the original on images that nothing has seen
+    assert accuracy.pruned < 0.95 < accuracy.after  # agreement with the original on images that nothing has seen
     assert (repair.mode, repair.samples, repair.dropped) == ("affine", FEW, False)
     assert repair.after < 0.5 * repair.before and 0 < repair.held_out < FEW
     assert any(c["mode"] == "affine" and c["after"] < c["before"] for c in repair.consumers)
 
 
 def test_without_repair_the_plan_is_the_same(repaired: Result, data: Path) -> None:
-    plain = compress(data=str(data), repair="none")
+    plain = compress(data=str(data), repair="none", importance="obs")
     assert plain.repair is None and plain.accuracy is not None and repaired.accuracy is not None
     assert plain.accuracy.after == repaired.accuracy.pruned
     assert all(np.array_equal(plain.plan.keep[g], kept) for g, kept in repaired.plan.keep.items())

@@ -75,7 +75,7 @@ def failed(result: Result, code: int, error: str, hint: str = "") -> None:
 
 
 def test_the_weights_are_trained_and_the_file_is_the_network(tiny_cnn: Path, out: Path, data: Path) -> None:
-    assert compress(tiny_cnn, out, data, "--json", out.with_suffix(".json")).exit_code == 0
+    assert compress(tiny_cnn, out, data, "--importance", "l2", "--json", out.with_suffix(".json")).exit_code == 0
     plain = out.with_name("plain.onnx")
     assert run("compress", tiny_cnn, plain, *TARGET).exit_code == 0
     before, after = tensors(plain), tensors(out)
@@ -155,7 +155,7 @@ def test_a_file_for_one_image_is_trained_on_batches(tmp_path: Path, out: Path, d
 def test_samples_that_depend_on_each_other_are_not_joined(tmp_path: Path, out: Path, data: Path) -> None:
     """The mean over one sample is that sample; statistics of normalisation are frozen."""
     model = fixed_batch(tmp_path, reshape=False, mixing=True)
-    result = compress(model, out, data)
+    result = compress(model, out, data, "--importance", "l2")
     assert result.exit_code == 0, result.output
     assert "at a time" not in result.stdout
     plain = out.with_name("plain.onnx")

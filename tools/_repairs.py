@@ -7,7 +7,6 @@ from typing import Any
 
 from onnxprune import Result, compress
 from onnxprune.data import Source
-from onnxprune.model.save import write
 
 __all__ = ["REPAIRS", "pruned"]
 
@@ -15,10 +14,5 @@ REPAIRS = ("none", "mean", "ls", "affine")
 
 
 def pruned(model: Path, out: Path, repair: str, data: Source, *, samples: int = 512, **arguments: Any) -> Result:
-    """`compress` to a file, which is there already or not; with a repair on as many inputs where it isn't 'none'."""
-    result = compress(model, out, force=True, **arguments)
-    if repair != "none":
-        from onnxprune.reconstruct import repair as repaired  # wants torch
-
-        write(repaired(result.analysis, result.plan, data, mode=repair, samples=samples).model, out)
-    return result
+    """`compress` to a file, which is there already or not; ranked and repaired on as many inputs."""
+    return compress(model, out, force=True, data=data, samples=samples, repair=repair, **arguments)

@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5], help="shares of the MACs")
     parser.add_argument("--rankings", nargs="+", default=RANKINGS, help="what the rival tries")
     parser.add_argument("--recoveries", nargs="*", default=RECOVERIES, help="what the rival tries; bn is there, too")
-    parser.add_argument("--importance", default="l2", help="as in compress")
+    parser.add_argument("--importance", default="auto", help="as in compress")
     parser.add_argument("--deploy", nargs="+", default=["ort-cpu", "none"], help="as in compress")
     parser.add_argument("--repair", choices=REPAIRS, default="none", help="as in compress")
     parser.add_argument("--steps", type=int, default=0, help="of training, on the same images")

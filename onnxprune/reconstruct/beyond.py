@@ -2,8 +2,8 @@
 
 A layer in front of a ReLU needn't give what the original gave where that was negative: anything negative is as good.
 And where its output is added to another tensor of the pruned network, which is no longer quite that of the original,
-it is the sum that should be right. So what such a layer should give depends on what it gives now (`Beyond.aims`), and it
-is solved for more than once. The idea is that of Zhang et al., "Accelerating Very Deep Convolutional Networks for
+it is the sum that should be right. So what such a layer should give depends on what it gives now (`Beyond.aims`), and
+it is solved for more than once. The idea is that of Zhang et al., "Accelerating Very Deep Convolutional Networks for
 Classification and Detection" (2015), section 3.2: alternate between the aims and the weights.
 """
 

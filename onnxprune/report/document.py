@@ -68,6 +68,7 @@ def compress_document(result: Result) -> Document:
             for g in result.analysis.groups
         ],
         "verification": _verification(result.verification) if result.verification is not None else None,
+        "ranking": result.ranking,
         "latency": _latency(result.latency) if result.latency is not None else None,
         "sparsified": asdict(result.sparsified) if result.sparsified is not None else None,
         "repair": asdict(result.repair) if result.repair is not None else None,

@@ -63,6 +63,8 @@ Port = tuple[str, str, str]  # name, type, shape
 def compress_report(result: Result, *, verbose: bool = False) -> str:
     """The whole report of `compress`: table, target, verification, latency. Warnings are the caller's."""
     parts = [summary_table(result, verbose=verbose), _target_line(result)]
+    if " on " in result.ranking:
+        parts.append(f"ranked by: {result.ranking}")
     if result.verification is not None:
         parts.append(verify_line(result.verification))
     if result.sparsified is not None:
