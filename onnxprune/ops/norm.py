@@ -384,6 +384,7 @@ OPERATORS = (
         skip_dead,
         shape=skip_shape,
         mirror=skip_layer_norm_mirror,
+        shift=lambda n, i: (4, 1, None),
     ),
     Operator(
         "com.microsoft::SkipSimplifiedLayerNormalization",
@@ -392,6 +393,7 @@ OPERATORS = (
         patch=patch_rms(-1, 2, 1e-12),
         shape=skip_shape,
         mirror=skip_rms_norm_mirror,
+        shift=lambda n, i: (3, 1, None),
     ),
     Operator(
         "GroupNormalization",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
@@ -21,13 +22,14 @@ from onnxprune.ops.rules import Contraction, Kind, Linear
 from onnxprune.reconstruct.beyond import Beyond, beyond
 from onnxprune.reconstruct.logits import Logits, logits
 from onnxprune.reconstruct.moves import Moves, Stored
-from onnxprune.reconstruct.routes import Layer
+from onnxprune.reconstruct.routes import Layer, Unknown, numbered
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
 from onnxprune.rewrite.edit import take
 from onnxprune.select.plan import Plan
 
 __all__ = ["Consumer", "Left", "Place", "consumers"]
 
+LARGEST = 1 << 24  # elements of a layer's output that are followed one by one
 MULTIPLIES = frozenset({Kind.PRODUCT, Kind.STATE})
 
 
@@ -247,9 +249,9 @@ class _Finder:
         while output != y:  # constants of dead units, added by the rewriter
             reader, i = self.pruned.consumers[output][0]
             offset += self.pruned.array(reader.inputs[1 - i]).reshape(-1).astype(np.float64)
-            place = place or self.follower_place(output, linear.channel, g * o)
+            place = place or self.follower_place(output, form)
             output = reader.outputs[0]
-        place = place or self.follower_place(y, linear.channel, g * o)
+        place = place or self.follower_place(y, form)
         return offset.reshape(g, o), place
 
     def numbers(self, name: str) -> np.ndarray | None:
@@ -277,25 +279,53 @@ class _Finder:
         return parameter is not None and parameter.elem_type in FLOATS and self.single(name)
 
     def single(self, name: str) -> bool:
-        """Whether nothing but one node reads it."""
-        return (
-            len(self.pruned.consumers.get(name, ())) == 1
-            and name not in self.captured
-            and name not in self.pruned.outputs
-        )
+        """Whether nothing but one node reads its numbers."""
+        return len(self.readers(name)) == 1 and name not in self.captured and name not in self.pruned.outputs
 
-    def follower_place(self, y: str, channel: int | None, count: int) -> Place | None:
-        """In what the only reader of a tensor adds to it or takes off it."""
+    def readers(self, name: str) -> list[tuple[Node, int]]:
+        """Nodes that read more of a tensor than its shape."""
+        registry = self.analysis.registry
+        found = ((node, i, registry.get(node.op)) for node, i in self.pruned.consumers.get(name, ()))
+        return [(node, i) for node, i, operator in found if operator is None or operator.from_shape is None]
+
+    def follower_place(self, y: str, form: Unfolded) -> Place | None:
+        """In what is added to a tensor or taken off it, where nothing but moves lies between."""
+        channels: np.ndarray | None = None
+        scale = 1.0
+        while self.single(y):
+            ((reader, i),) = self.readers(y)
+            operator = self.analysis.registry.get(reader.op)
+            if operator is None or (operator.shift is None and operator.evaluate is None):
+                return None
+            if channels is None:
+                place = self.direct_place(reader, i, form) if operator.shift is not None else None
+                channels = None if place is not None else self.channels(y, form)
+                if channels is None:
+                    return place
+            found = self.added_place(reader, i, channels, scale)
+            moves = (self.moves.of(reader, i) or {}) if found is None else {}
+            if len(moves) != 1:
+                return found
+            ((y, move),) = moves.items()
+            channels, scale = channels.reshape(-1)[move.at], scale * move.scale
+        return None
+
+    def channels(self, y: str, form: Unfolded) -> np.ndarray | None:
+        """Of every element of a layer's output, which channel it is; None where that is unknown, or too many."""
         shape = self.pruned.shapes.get(y)
-        if not self.single(y) or channel is None or shape is None:
+        if shape is None or prod(n or 0 for n in shape) > LARGEST:
             return None
-        reader, i = self.pruned.consumers[y][0]
-        operator = self.analysis.registry.get(reader.op)
-        if operator is None or operator.shift is None:
+        try:
+            return numbered(form, shape)[0]
+        except Unknown:
             return None
-        j, sign, axis = operator.shift(reader, i)
+
+    def direct_place(self, reader: Node, i: int, form: Unfolded) -> Place | None:
+        """As `added_place`, of a layer's own output with its channels on one axis: what most layers are."""
+        shape, channel, count = self.pruned.shapes.get(reader.inputs[i]), form.linear.channel, prod(form.sizes()[::2])
+        j, sign, axis = self.shift(reader, i)
         found = self.pruned.shapes.get(reader.inputs[j]) if j != i and j < len(reader.inputs) else None
-        if found is None:
+        if channel is None or shape is None or found is None:
             return None
         channel %= len(shape)
         laid = found if axis is not None else (1,) * (len(shape) - len(found)) + found
@@ -303,3 +333,27 @@ class _Finder:
         if laid != wanted or (axis is not None and axis != channel):
             return None
         return self.placed(reader.inputs[j], lambda c: sign * c)
+
+    def added_place(self, reader: Node, i: int, channels: np.ndarray, scale: float) -> Place | None:
+        """In what a node adds to its input i. channels: of every element of that, the layer's channel."""
+        j, sign, axis = self.shift(reader, i)
+        name = reader.inputs[j] if j != i and j < len(reader.inputs) else ""
+        shape = self.pruned.shapes.get(name)
+        if shape is None or name not in self.pruned.static:
+            return None
+        sizes = tuple(int(n or 0) for n in shape)
+        index = np.arange(prod(sizes))
+        index = index.reshape(sizes) if axis is None else index.reshape([-1, *[1] * (channels.ndim - axis - 1)])
+        try:
+            at = np.broadcast_to(index, channels.shape)
+        except ValueError:  # it makes the output larger
+            return None
+        channel = np.full(index.size, -1)
+        channel[at.reshape(-1)] = channels.reshape(-1)
+        if (channel[at] != channels).any():
+            return None  # several channels share a number
+        return self.placed(name, lambda c: (sign * scale) * c[channel].reshape(sizes))
+
+    def shift(self, reader: Node, i: int) -> tuple[int, int, int | None]:
+        rule = self.analysis.registry[reader.op].shift
+        return (i, 1, None) if rule is None else rule(reader, i)

@@ -6,7 +6,7 @@ sizes that the graph was loaded with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnxprune.model.graph import Graph, Node
 from onnxprune.reconstruct.moves import Moves, shown
 from onnxprune.reconstruct.unfolded import Unfolded
 
-__all__ = ["Added", "Layer", "Route", "Unknown", "route"]
+__all__ = ["Added", "Layer", "Route", "Unknown", "numbered", "route"]
 
 Place = tuple[Node, int]
 
@@ -76,7 +76,7 @@ class _Tracer:
     def route(self, end: Place) -> Route:
         layer, path = self.path(end[0].inputs[end[1]])
         start = layer.node.outputs[0]
-        channels, rows = self.outputs(layer, start)
+        channels, rows = numbered(layer.form, self.graph.shapes.get(start))
         at = np.arange(channels.size).reshape(channels.shape)
         added: list[Added] = []
         for node, i, name in path:
@@ -115,29 +115,6 @@ class _Tracer:
             path.append((node, data[0], name))
             name = node.inputs[data[0]]
 
-    def outputs(self, layer: Layer, start: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of every element of the layer's output tensor: which output it is, and of which row."""
-        shape = self.graph.shapes.get(start)
-        if shape is None or None in shape:
-            raise Unknown("the size of a layer's output is unknown")
-        sizes = [int(n or 0) for n in shape]
-        form, count = layer.form, int(np.prod(sizes))
-        view = form.linear.unfold_output(torch.arange(count).reshape(sizes)).numpy()
-        labels = form.linear.terms[2]
-        if view.size != count or view.ndim != len(labels):
-            raise Unknown("a layer's output is no view of a matrix")
-        own = [k for k, n in enumerate(labels) if n in form.groups or n in form.outputs]
-        order = [labels.index(n) for n in (*form.groups, *form.outputs)]
-        found = []
-        for axes in (order, [k for k in range(view.ndim) if k not in own]):
-            extents = [view.shape[k] for k in axes]
-            index = np.arange(int(np.prod(extents))).reshape(extents)
-            laid = np.expand_dims(index.transpose(np.argsort(axes)), [k for k in range(view.ndim) if k not in axes])
-            flat = np.empty(count, np.int64)
-            flat[view.reshape(-1)] = np.broadcast_to(laid, view.shape).reshape(-1)
-            found.append(flat.reshape(sizes))
-        return found[0], found[1]
-
     def readers(self, start: str, wanted: np.ndarray) -> Iterator[Place]:
         """Nodes that do more than move what they read, and read something wanted."""
         queue = [(start, wanted)]
@@ -164,6 +141,30 @@ class _Tracer:
         value = self.moves.value(name)
         assert value is not None
         return Added(name if self.owned(name) else "", value.reshape(-1), at)
+
+
+def numbered(form: Unfolded, shape: Sequence[int | None] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Of every element of a layer's output tensor: which output it is (flat over groups and outputs), and of which row.
+    Raises Unknown."""
+    if shape is None or None in shape:
+        raise Unknown("the size of a layer's output is unknown")
+    sizes = [int(n or 0) for n in shape]
+    count = int(np.prod(sizes))
+    view = form.linear.unfold_output(torch.arange(count).reshape(sizes)).numpy()
+    labels = form.linear.terms[2]
+    if view.size != count or view.ndim != len(labels):
+        raise Unknown("a layer's output is no view of a matrix")
+    own = [k for k, n in enumerate(labels) if n in form.groups or n in form.outputs]
+    order = [labels.index(n) for n in (*form.groups, *form.outputs)]
+    found = []
+    for axes in (order, [k for k in range(view.ndim) if k not in own]):
+        extents = [view.shape[k] for k in axes]
+        index = np.arange(int(np.prod(extents))).reshape(extents)
+        laid = np.expand_dims(index.transpose(np.argsort(axes)), [k for k in range(view.ndim) if k not in axes])
+        flat = np.empty(count, np.int64)
+        flat[view.reshape(-1)] = np.broadcast_to(laid, view.shape).reshape(-1)
+        found.append(flat.reshape(sizes))
+    return found[0], found[1]
 
 
 def _between(node: Node) -> Unknown:

@@ -107,6 +107,17 @@ CASES = {
     "MatMul, weight turned, squeezed, scaled": moved(
         (4, 1, 6), ("Transpose", None, {}), ("Squeeze", np.array([1]), {}), ("Mul", np.array(0.5), {})
     ),
+    "MatMul, constant behind a Transpose and a scale": rows(
+        [
+            node("MatMul", ["h", "w"], ["m"], "consumer"),
+            node("Reshape", ["m", "heads"], ["m.r"], "heads"),
+            node("Transpose", ["m.r"], ["m.t"], "turn", perm=[0, 2, 1, 3]),
+            node("Mul", ["m.t", "half"], ["m.s"], "scale"),
+            node("Sub", ["m.s", "b"], ["y"], "sub"),
+        ],
+        {"w": r((6, 4)), "b": r((2, 1, 2)), "heads": np.array([0, 0, 2, 2]), "half": np.array(0.5)},
+        (3, 5),
+    ),
     "Conv, turned weight and bias with an axis": Case(
         [
             node("Transpose", ["w"], ["w.t"], "turn", perm=[3, 2, 0, 1]),
@@ -150,6 +161,29 @@ def test_solution_is_that_of_brute_force(name, mode):
     found = stored(repaired.model)
     assert [c.mode for c in repaired.consumers] == ["ls" if case.free is None else mode]
     np.testing.assert_allclose(np.concatenate([found[n].reshape(-1) for n in free]), wanted, rtol=0, atol=1e-8)
+
+
+def test_a_constant_goes_into_rows_of_its_own():
+    """Of what is added to the layer's output, every row gets it; so it does where that is added inside another node."""
+    skip = node(
+        "SkipLayerNormalization", ["m", "x.4", "gamma", "beta", "b"], ["n", "", "", "y"], domain="com.microsoft"
+    )
+    place = node("Add", ["m", "places"], ["m.p"], "places")
+    weights = {"w": r((6, 4)), "gamma": r(4), "beta": r(4), "b": r(4), "places": r((1, 3, 4))}
+    some = {"starts": np.array([0]), "ends": np.array([4]), "axis": np.array([2])}
+    first = [node("Slice", ["x", *some], ["x.4"]), node("MatMul", ["h", "w"], ["m"], "consumer")]
+    for name, last in (("b", [skip]), ("places", [place, node("Identity", ["m.p"], ["y"])])):
+        model = model_of(Case([*first, *last], weights | some, (3, 5)))
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        analysis, plan = planned(model)
+        x = r((20, 3, 5))
+        h = np.tanh(x @ stored(analysis.graph.model)["p.w"] + stored(analysis.graph.model)["p.b"]).reshape(60, 6)
+
+        found = stored(repair(analysis, plan, [{"x": x}], ridges=(0.0,), turns=0).model)
+
+        wanted = np.linalg.lstsq(np.column_stack([h[:, [0, 2, 3]], np.ones(60)]), h @ weights["w"], rcond=None)[0]
+        np.testing.assert_allclose(found["w"], wanted[:3], atol=1e-8)
+        np.testing.assert_allclose(found[name], weights[name] + wanted[3], atol=1e-8)
 
 
 @pytest.mark.parametrize("op, gates", [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
