@@ -163,6 +163,7 @@ class Work:
                 model, result.repair = self.repairing.run(result.analysis, result.plan, original)
         except Unfitting as error:
             if self.request.repair != "auto" or self.request.calibrate is not None:
+                error.hint = "--repair none prunes it without repair"
                 raise
             result.warnings.append(f"nothing was repaired: {error}")
             return pruned
