@@ -5,13 +5,14 @@ covariances give W' = W + (C_yx - W C_xx)(C_xx + r I)^-1 and b' = mean(y) - W' m
 output and x a part of its input, that is W_K + W_S C_SK (C_KK + r I)^-1: the removed units are predicted from the kept.
 `ls` leaves the constant as it is and takes raw moments instead; `mean` changes the constant alone.
 
-The ridge is taken where the error on rows that were held out is least; then all rows are used. Whatever is worse than
-no repair on those rows is dropped.
+The ridge is taken where the error on rows that were held out is least, downhill from the middle; then all rows are
+used.
+Whatever is worse than no repair on those rows is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,10 +50,14 @@ def solve(
     *,
     free: bool,
     ridges: Sequence[float] = RIDGES,
+    begin: float | None = None,
+    final: bool = True,
 ) -> Solution:
     """The best of `mode` and what is simpler. fit, held: moments of two parts of the rows.
 
-    weight (g, o, p), offset (g, o): as they are after slicing. free: whether the offset can be changed.
+    weight (g, o, p), offset (g, o): as they are after slicing. free: whether the offset can be changed. begin: the
+    ridge that is tried first. final: the solution is of all rows; else of `fit` alone, and rows that were held out can
+    judge what comes after it.
     """
     judge = held if held.n else fit
     scale = max(judge.spread(), np.finfo(float).tiny)
@@ -62,17 +67,36 @@ def solve(
     if free and mode in ("mean", "affine"):
         found.append((judge.error(weight, centre(fit, weight)) / scale, "mean", 0.0))
     if mode in ("ls", "affine"):
-        for size in ridges if fit.n else ():
+
+        def error(size: float) -> float:
             tried, _ = ridge(fit, weight, None if affine else offset, size)
-            error = judge.error(tried, centre(fit, tried) if affine else offset) / scale
-            found.append((error, "affine" if affine else "ls", size))
+            return judge.error(tried, centre(fit, tried) if affine else offset) / scale
+
+        tried = downhill(error, sorted(ridges), begin) if fit.n else {}
+        found += [(e, "affine" if affine else "ls", size) for size, e in tried.items()]
     after, chosen, size = min(found, key=lambda f: f[0])
-    moments, condition = fit + held if held.n else fit, 1.0
+    moments, condition = fit + held if final and held.n else fit, 1.0
     if chosen in ("ls", "affine"):
         weight, condition = ridge(moments, weight, None if affine else offset, size)
     if chosen in ("mean", "affine"):
         offset = centre(moments, weight)
     return Solution(weight, offset, chosen, size, condition, before, after)
+
+
+def downhill(error: Callable[[float], float], sizes: Sequence[float], begin: float | None) -> dict[float, float]:
+    """Errors of sizes around the least: from one to the next, as long as it falls."""
+    here = sizes.index(begin) if begin in sizes else (len(sizes) - 1) // 2
+    found = {sizes[here]: error(sizes[here])}
+    for way in (1, -1):
+        k = here
+        while 0 <= k + way < len(sizes):
+            found[sizes[k + way]] = error(sizes[k + way])
+            if found[sizes[k + way]] >= found[sizes[k]]:
+                break
+            k += way
+        if k != here:
+            break
+    return found
 
 
 def centre(moments: Moments, weight: np.ndarray) -> np.ndarray:

@@ -236,7 +236,9 @@ class LinearTask(Task):
             self.misfit = "none of the inputs gives it rows to learn from"
         if not self.misfit and not self.settled:
             free = self.place is not None
-            found = solve(fit, held, self.weight, offset, settings.mode, free=free, ridges=settings.ridges)
+            begin, last = None if self.solution is None else self.solution.ridge, turn == self.turns - 1
+            how: dict[str, Any] = {"free": free, "ridges": settings.ridges, "begin": begin, "final": last}
+            found = solve(fit, held, self.weight, offset, settings.mode, **how)
             self.solution = found if self.solution is None else replace(found, before=self.solution.before)
         if turn == self.turns - 1:
             self.moments = []
