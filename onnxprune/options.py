@@ -91,9 +91,10 @@ _OPTIONS = (
     click.option("--samples", type=_count, help="Inputs of --data that ranking and repair take.  [default: 512]"),
     click.option("--repair", type=click.Choice(REPAIRS), default="auto", show_default=True,
                  help="Solve for what is left to give what the original gave: affine (weights and biases), ls "
-                 "(weights), mean (biases). auto: affine on --data."),
+                 "(weights), mean (biases). auto: affine on --data, ls with --calibrate."),
     click.option("--calibrate", type=click.Choice(CALIBRATIONS),
-                 help="Without --data: repair on inputs drawn at random, which can make it worse."),
+                 help="Without --data: repair on inputs made up from what BatchNormalization nodes store (bn), or "
+                 "drawn at random, which can make it worse."),
     click.option("--steps", type=_count, help="Train for N steps (500 where a method trains and no length is given)."),
     click.option("--epochs", type=_count, help="Train for N passes over the data."),
     click.option("--time-budget", type=_Duration(), metavar="TIME", help="Train for 30m, 90s or 1.5h."),

@@ -129,7 +129,18 @@ def test_random_inputs_are_used_when_asked_for_and_named(tiny_cnn: Path) -> None
     assert onnxprune.compress(tiny_cnn, target="macs=0.5").repair is None
     found = onnxprune.compress(tiny_cnn, target="macs=0.5", calibrate="random", samples=40).repair
     assert found is not None and found.data == "inputs drawn at random" and found.samples == 40
+    assert found.mode == "ls"  # the means of noise are not those of data
     assert found.after < found.before
+
+
+def test_inputs_are_fitted_to_stored_statistics_when_asked_for(tiny_cnn: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    results = [onnxprune.compress(tiny_cnn, f, target="macs=0.5", calibrate="bn", samples=40) for f in files]
+    found = results[0].repair
+    assert found is not None and (found.mode, found.samples) == ("ls", 40) and found.after < found.before
+    assert found.data == "random inputs fitted to the stored statistics of 1 BatchNormalization node"
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert run("verify", tiny_cnn, files[0]).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -139,6 +150,7 @@ def test_random_inputs_are_used_when_asked_for_and_named(tiny_cnn: Path) -> None
         ({"repair": "affine"}, "wants inputs"),
         ({"samples": 5}, "--samples counts inputs"),
         ({"calibrate": "noise"}, "none of random"),
+        ({"calibrate": "bn"}, "wants BatchNormalization nodes with stored statistics"),
         ({"calibrate": "random", "data": "DATA"}, "where there is no data"),
         ({"calibrate": "random", "repair": "none"}, "about repair"),
         ({"method": "imp", "data": "DATA", "repair": "affine"}, "nothing to repair"),

@@ -32,6 +32,7 @@ from onnxprune.reconstruct.consumers import Consumer, Left, consumers
 from onnxprune.reconstruct.frontier import Frontier
 from onnxprune.reconstruct.lockstep import Lockstep, Side
 from onnxprune.reconstruct.logits import Logits
+from onnxprune.reconstruct.normalised import Restated
 from onnxprune.reconstruct.solve import MODES, RIDGES
 from onnxprune.reconstruct.tasks import ConsumerRepair, LinearTask, ProductTask, Settings, Task
 from onnxprune.rewrite.rewrite import rewrite
@@ -88,6 +89,7 @@ def repair(
     behind: bool = True,
     seed: int = 0,
     memory_limit: int = MEMORY,
+    statistics: Mapping[str, np.ndarray] | None = None,
     registry: Mapping[str, Operator] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Repaired:
@@ -99,6 +101,8 @@ def repair(
     somewhere is solved for again, for what the activation gives; 0: each for its own output alone. behind: solve for
     linear layers that lost no input as well, where what comes in front of them did. memory_limit: bytes of activations
     held in memory between steps, and again of moments; more goes to temporary files, or into more steps.
+    statistics: of the original's BatchNormalizations, by the names of the stored tensors, to run both networks with
+    instead of the stored ones; see `normalised`.
     progress: called with the steps that are done, and their number.
 
     The model is that of `rewrite(analysis, plan)` with other values in some stored tensors. Raises NotMirrored where
@@ -116,6 +120,7 @@ def repair(
         return Repaired(model, (), tuple(left), 0.0, 0.0, False, 0, 0, 0, time.perf_counter() - start, 0, 0)
     with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:
         sides = Side(graph, registry), Side(pruned, registry)
+        restated = Restated(analysis, plan, sides, statistics or {})
         settings = Settings(mode, tuple(ridges), turns, memory_limit, seed)
         work = _Work(Lockstep(sides, frontier), judged, found, settings)
         work.load(data, samples, batch)
@@ -128,7 +133,7 @@ def repair(
     dropped = bool(work.values) and not (after < before or (work.coarse and after == before))
     if dropped:
         work.values.clear()
-    values: dict[Path, np.ndarray] = {(name,): array for name, array in work.values.items()}
+    values: dict[Path, np.ndarray] = {(name,): array for name, array in restated.back(work.values).items()}
     return Repaired(
         with_weights(pruned, values),
         tuple(work.reports),
