@@ -64,18 +64,17 @@ class Beyond:
         be the original's everywhere."""
         for axis, mask in enumerate(self.kept):
             wanted = wanted if mask is None else wanted.index_select(axis, torch.from_numpy(mask))
-        wanted, u = wanted.double(), u.double()
         if flat is not None:
             wanted = torch.where(wanted <= flat.low, _near(u.clamp(max=flat.low), wanted, flat), wanted)
             wanted = torch.where(wanted >= flat.high, _near(u.clamp(min=flat.high), wanted, flat), wanted)
         size = slope.abs()
-        usable = size > FAINT * size.max()
-        return y.double() + torch.where(usable, (wanted - u) / torch.where(usable, slope, 1.0), 0.0)
+        inverse = torch.where(size > FAINT * size.max(), 1 / slope, 0.0).to(y.dtype)
+        return y + (wanted - u) * inverse
 
 
 def _near(free: Tensor, wanted: Tensor, flat: Flat) -> Tensor:
     """Where the activation grows by `leak`, the square of its error is smaller by that."""
-    leak = torch.as_tensor(flat.leak, dtype=torch.float64).square().clamp(max=1)
+    leak = torch.as_tensor(flat.leak, dtype=wanted.dtype).square().clamp(max=1)
     return free + leak * (wanted - free)
 
 

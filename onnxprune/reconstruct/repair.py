@@ -27,6 +27,7 @@ from onnxprune.data.source import Source
 from onnxprune.errors import DataError
 from onnxprune.model.graph import Model
 from onnxprune.model.infer import infer
+from onnxprune.model.profile import costs
 from onnxprune.ops.registry import Operator
 from onnxprune.reconstruct.consumers import Consumer, Left, consumers
 from onnxprune.reconstruct.frontier import Frontier
@@ -47,7 +48,7 @@ LARGEST_BATCH = 16
 BATCHES = 16  # at least, where there are as many samples: every fifth is held out
 HOLD_OUT = 5
 FAINTEST = 1e-12  # of the mean square of an output: a smaller variance is rounding
-TURNS = 2  # for what an activation behind a layer gives
+TURNS, LONG = 2, 2e11  # for what an activation behind a layer gives; one less where it takes minutes
 
 Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -85,7 +86,7 @@ def repair(
     samples: int = SAMPLES,
     batch: int | None = None,
     ridges: Sequence[float] = RIDGES,
-    turns: int = TURNS,
+    turns: int | None = None,
     behind: bool = True,
     seed: int = 0,
     memory_limit: int = MEMORY,
@@ -98,9 +99,10 @@ def repair(
     data: a source, or batches of inputs by name; no labels are needed. samples: how many to take. batch: how many at a
     time. mode: 'affine' (weights and biases), 'ls' (weights), 'mean' (biases), 'none'. ridges: sizes to choose from per
     consumer, of the mean diagonal of the matrix. turns: how often a layer in front of an activation that is flat
-    somewhere is solved for again, for what the activation gives; 0: each for its own output alone. behind: solve for
-    linear layers that lost no input as well, where what comes in front of them did. memory_limit: bytes of activations
-    held in memory between steps, and again of moments; more goes to temporary files, or into more steps.
+    somewhere is solved for again, for what the activation gives: 2, or 1 for what takes minutes, unless told otherwise;
+    0: each for its own output alone. behind: solve for linear layers that lost no input as well, where what comes in
+    front of them did. memory_limit: bytes of activations held in memory between steps, and again of moments; more goes
+    to temporary files, or into more steps.
     statistics: of the original's BatchNormalizations, by the names of the stored tensors, to run both networks with
     instead of the stored ones; see `normalised`.
     progress: called with the steps that are done, and their number.
@@ -121,6 +123,8 @@ def repair(
     with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:
         sides = Side(graph, registry), Side(pruned, registry)
         restated = Restated(analysis, plan, sides, statistics or {})
+        if turns is None:
+            turns = TURNS - (samples * costs(analysis)["macs"].total({}) > LONG)
         settings = Settings(mode, tuple(ridges), turns, memory_limit, seed)
         work = _Work(Lockstep(sides, frontier), judged, found, settings)
         work.load(data, samples, batch)

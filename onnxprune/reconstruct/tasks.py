@@ -28,8 +28,8 @@ from onnxprune.reconstruct.unfolded import Misfit
 
 __all__ = ["ConsumerRepair", "LinearTask", "ProductTask", "Settings", "Task"]
 
-ROWS = 1 << 17
-ROWS_PER_COLUMN = 64
+ROWS = 1 << 16
+ROWS_PER_COLUMN = 32
 RESIZED = "its axes are not those of the sizes that the file was analysed with"
 
 Values = Sequence[Mapping[Node, Any]]  # of both networks' nodes, for one batch
