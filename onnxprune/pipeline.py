@@ -115,7 +115,8 @@ def compress(
         are for ranking and repair, 512 unless told otherwise.
     repair: 'affine' solves for the weights and biases of the layers behind the surgery so that they give what they
         gave, 'ls' for the weights, 'mean' for the biases, 'none' for nothing; 'auto' is 'affine' where there is data
-        and no method in training. calibrate: 'random' repairs without data, on inputs drawn at random, which can hurt.
+        and no method in training. calibrate: repairs without data, on inputs that are made up: 'bn' fits them to what
+        BatchNormalization nodes store, 'random' takes them as they are drawn, which can hurt; 'auto' is 'ls' then.
     train: how, and for how long; where it is None, only methods in training train. recipe: the loss, and what is done
         to the data.
     evaluate: a metric of `metrics.parse_metric`, taken in onnxruntime of the original, the pruned and the written

@@ -27,7 +27,7 @@ from onnxprune.reconstruct.frontier import Frontier
 from onnxprune.reconstruct.lockstep import Lockstep, Side
 from onnxprune.select.plan import Plan
 
-__all__ = ["Norm", "Restated", "norms", "statistics_on"]
+__all__ = ["Norm", "Restated", "depths", "norms", "statistics_on"]
 
 FLOOR = 1e-3  # of epsilon: what variance + epsilon is at least, that a channel without values is not blown up
 MEMORY = 1 << 30
@@ -65,7 +65,7 @@ def statistics_on(
     of the model's. The side's own are changed to them. Goes once over the inputs, at float32 as the mirror does.
     """
     found = norms(side)
-    depth = _depths(side, found)
+    depth = depths(side, found)
     by_depth: dict[int, list[Norm]] = {}
     for norm in found:
         by_depth.setdefault(depth[norm.x], []).append(norm)
@@ -93,7 +93,7 @@ def statistics_on(
     return new
 
 
-def _depths(side: Side, found: Sequence[Norm]) -> dict[Node, int]:
+def depths(side: Side, found: Sequence[Norm]) -> dict[Node, int]:
     """How many of these lie one behind another up to each node."""
     own = {n.node for n in found}
     depth: dict[Node, int] = {}
