@@ -16,7 +16,7 @@ __all__ = ["training_arguments", "training_options"]
 F = TypeVar("F", bound=Callable[..., Any])
 # Named here as well so that --help loads no stage; a test compares them with those of `repairs`.
 REPAIRS = ("auto", "affine", "ls", "mean", "none")
-CALIBRATIONS = ("random",)
+CALIBRATIONS = ("random", "bn")
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 SETTINGS = (
     "epochs",
