@@ -39,9 +39,7 @@ def accuracy(model: Path, sample: Path | None = None, batch: int = 250) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Top-1 accuracy of ONNX models on a stored sample of test images."
-    )
+    parser = argparse.ArgumentParser(description="Top-1 accuracy of ONNX models on a stored sample of test images.")
     parser.add_argument("models", nargs="+", type=Path, metavar="MODEL.onnx")
     parser.add_argument("--sample", type=Path, help="npz file with image_u8 and label")
     args = parser.parse_args()

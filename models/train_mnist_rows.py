@@ -173,9 +173,7 @@ def save_sample(path: Path, images: Tensor, labels: Tensor, count: int) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a tiny transformer on MNIST rows and export it to ONNX."
-    )
+    parser = argparse.ArgumentParser(description="Train a tiny transformer on MNIST rows and export it to ONNX.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the gzipped MNIST files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--epochs", type=int, default=8)
