@@ -21,8 +21,8 @@ from onnxprune.model.infer import infer
 from onnxprune.model.save import write
 from onnxprune.result import Result, Sparsified, TargetOutcome
 from onnxprune.select.align import steps
-from onnxprune.select.allocate import lowest
-from onnxprune.select.choose import candidates, cost_of, met
+from onnxprune.select.allocate import highest, lowest
+from onnxprune.select.choose import candidates, cost_of
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
 from onnxprune.verify.equivalence import prove
@@ -235,10 +235,7 @@ def _analysed(trained: Trained, analysis: Analysis) -> Analysis:
 
 
 def _reached(analysis: Analysis, plan: Plan, wanted: Wanted, families: Sequence[str]) -> tuple[TargetOutcome, int]:
-    """What a plan makes of the target, and the size of the blocks that it removes.
-
-    The target is met as in one-shot selection, and where no block fits into what is left of the way to it.
-    """
+    """What a plan makes of the target, which is met as in one-shot selection, and the size of the blocks that go."""
     groups = candidates(analysis, allow_inexact=wanted.allow_inexact)
     cost = cost_of(wanted.target, analysis, groups)
     groups = [g for g in groups if g.id in families]
@@ -253,10 +250,7 @@ def _reached(analysis: Analysis, plan: Plan, wanted: Wanted, families: Sequence[
     least = {
         g.atom: 0 if g.atom in whole else lowest(g.size, n, wanted.floor) for g, n in _blocks(analysis, groups, block)
     }
-    next_ = {g: (counts[g.atom] - 1) // n * n for g, n in _blocks(analysis, groups, block)}
-    smaller = [cost.total({**counts, g.atom: n}) for g, n in next_.items() if n >= least[g.atom]]
-    stuck = cost.total(least) <= goal and not any(goal <= left < remaining for left in smaller)
-    enough = met(remaining, cost.total(least), goal) or stuck
+    enough = remaining <= highest(cost.total(least), goal)
     return TargetOutcome(wanted.target.metric, wanted.target.text, goal / total, remaining / total, enough), block
 
 

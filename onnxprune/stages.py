@@ -158,7 +158,7 @@ class Point:
         if self.goal.metric == "latency":
             self.measured = self.reached()
         choice = prepared.plan(self.goal) if self.measured is None else self.measured.choice
-        if not choice.outcome.met and choice.least > choice.outcome.wanted and not request.best_effort:
+        if not choice.outcome.met and self.measured is None and not request.best_effort:
             raise TargetNotReached(
                 f"target {self.goal.text} can't be reached: at most {1 - choice.least:.1%} of {self.goal.metric} can "
                 f"go, which leaves {choice.least:.1%}",
@@ -320,12 +320,7 @@ def _warnings(graph: Graph, used: int, block: int) -> list[str]:
 
 def _missed(choice: Choice) -> str:
     kept = f"{choice.outcome.reached:.1%} of {choice.outcome.metric}"
-    if choice.least > choice.outcome.wanted:
-        return f"target {choice.outcome.spec} is out of reach: {kept} is the closest"
-    return (
-        f"target {choice.outcome.spec} lies between two plans in blocks of {choice.align}: {kept} is the nearest "
-        "without a loss out of proportion"
-    )
+    return f"target {choice.outcome.spec} is out of reach: {kept} is the closest"
 
 
 def _smaller_blocks(used: int, block: int) -> list[str]:

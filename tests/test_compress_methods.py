@@ -87,7 +87,8 @@ def test_it_trains_reaches_its_target_rewrites_and_verifies(
 ) -> None:
     model, data = files[network]
     found = compress(model, data, out, method=method)
-    assert found.target.met and 0.5 * 0.99 <= found.target.reached <= 0.53
+    assert found.target.met and found.target.reached <= 0.525
+    assert found.target.reached >= (0.42 if network == "grouped" else 0.495)  # one of its units is 9 % of the MACs
     assert found.after is not None and found.after.macs == pytest.approx(found.target.reached * found.before.macs)
     assert found.training is not None and found.training.steps == STEPS
     assert found.training.mirror_error_after is not None and found.training.mirror_error_after < 1e-5

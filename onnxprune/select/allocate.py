@@ -5,7 +5,8 @@ as long as the model stays at or above the goal. That price per cost is what set
 a block is larger than the gap, smaller ones go on filling it, but none that is far dearer: stripping cheap layers to
 their floor saves little and ruins the model. Where more than 1 % of the goal is still left then, blocks that go past
 it are tried, each with whatever needn't be gone any more given back, dearest first. The plan is taken in which loss
-and distance to the goal, on either side, add up to the least; distance counts several times the price.
+and distance to the goal, on either side, add up to the least; distance counts several times the price. A plan that
+still ends farther above the goal than a target allows goes past it at whatever price: that is what was asked for.
 
 Importance lost is relative to what its group has left, log(before / after): the more a group has given, the dearer is
 its next block. Summed absolutely, one costly layer would be stripped to its floor before another gives anything (the
@@ -29,12 +30,13 @@ import numpy as np
 from onnxprune.axes.analysis import Group
 from onnxprune.axes.expr import Atom
 
-__all__ = ["DEAR", "Allocation", "Budget", "allocate"]
+__all__ = ["DEAR", "ROUGHLY", "TOLERANCE", "Allocation", "Budget", "allocate", "highest"]
 
 SLACK = 1e-9
 TINY = 1e-9
 BYPASS = 0.05  # what a residual stream carries past a branch, relative to the branch: it may go as a whole
-CLOSE = 0.01  # a gap of this share of the goal needs no search
+TOLERANCE = 0.01  # how far from a target a plan may end, as a share of it; a smaller gap needs no search
+ROUGHLY = 0.05  # where smaller blocks would be slow, or there are none
 DEAR = 6.0  # what it is worth to come nearer to the goal, in prices of the block at which the way to it ends
 TRIED, ROUNDS = 8, 4  # blocks that are taken past the goal to see what comes of it, and how often
 
@@ -157,6 +159,7 @@ def allocate(
     dear: float = DEAR,
     settle: bool = True,
     overshoot: bool = True,
+    meet: bool = True,
     whole: Collection[Atom] = (),
     losses: Mapping[str, np.ndarray] | None = None,
 ) -> Allocation:
@@ -167,6 +170,7 @@ def allocate(
     dear: at how many times the price at which the way ended smaller blocks go on filling the gap.
     settle: whether blocks that go past the goal are tried where others leave more than 1 % of it.
     overshoot: where nothing at all would go, take the smallest block rather than do nothing in silence.
+    meet: whether a plan that is not within the target (`highest`) goes past the goal at whatever price.
     """
     may = {g.id: 0 if g.atom in whole else lowest(g.size, step[g.id], floor) for g in groups}
     order = {g.id: np.argsort(scores[g.id], kind="stable") for g in groups}
@@ -177,8 +181,10 @@ def allocate(
     if scope == "local":
         _same_share(state, goal)
     price = _greedy(state, goal, dear)
-    if settle and state.total > goal * (1 + CLOSE):
+    if settle and state.total > goal * (1 + TOLERANCE):
         _settle(state, goal, price)
+    if meet and least <= highest(least, goal) < state.total:
+        _pass(state, highest(least, goal), price)
     if overshoot and state.total >= cost.total({}) * (1 - SLACK):
         _smallest_step(state)
     keep = {}
@@ -187,6 +193,15 @@ def allocate(
         if n < g.size:
             keep[g.id] = np.sort(order[g.id][g.size - n :])
     return Allocation(keep, state.total, least)
+
+
+def highest(least: float, goal: float) -> float:
+    """What may remain at most for a target to be met: 1 % more, or, where only the size of the blocks is in the way,
+    5 % more.
+
+    least: what would remain with every group at its floor.
+    """
+    return goal * (1 + (ROUGHLY if least <= goal else TOLERANCE))
 
 
 def _lost(ascending: np.ndarray, *, bypass: bool) -> np.ndarray:
@@ -295,7 +310,7 @@ def _greedy(state: _State, goal: float, dear: float) -> float:
 def _settle(state: _State, goal: float, price: float) -> None:
     """Go past the goal where that is better than to stay above it: a local search whose steps are a block that doesn't
     fit, and what may come back for it."""
-    worth = DEAR * price if price > 0 else 1.0
+    worth = _worth(price)
     least = SLACK * worth * goal
 
     def better(block: _Block) -> bool:
@@ -320,6 +335,26 @@ def _settle(state: _State, goal: float, price: float) -> None:
         if found == start:
             break
         state.restore(found)
+
+
+def _pass(state: _State, limit: float, price: float) -> None:
+    """Go below the limit with the block after which loss and distance add up to the least, once what needn't be gone
+    any more is back. There is such a block as long as a group is above its floor: what is smaller is gone, or dearer
+    than one that didn't fit."""
+    worth, start, ends = _worth(price), dict(state.counts), []
+    past = [b for gid in state.groups if (b := state.block(gid)) and state.total - b.saved <= limit]
+    for block in past:
+        state.shrink(block.group, block.after)
+        _walk(state, lambda b: b.lost < 0 and state.total - b.saved <= limit, back=True, but=block.group)
+        ends.append((state.loss() + worth * (limit - state.total), dict(state.counts)))
+        state.restore(start)
+    if ends:
+        state.restore(min(ends, key=lambda end: end[0])[1])
+
+
+def _worth(price: float) -> float:
+    """What a step nearer to the goal is worth."""
+    return DEAR * price if price > 0 else 1.0
 
 
 def _smallest_step(state: _State) -> None:

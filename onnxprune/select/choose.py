@@ -17,7 +17,7 @@ from onnxprune.errors import NothingPrunable, TargetNotReached, UsageError
 from onnxprune.model.profile import Cost, costs
 from onnxprune.result import TargetOutcome
 from onnxprune.select.align import steps
-from onnxprune.select.allocate import DEAR, Allocation, Budget, allocate
+from onnxprune.select.allocate import DEAR, ROUGHLY, TOLERANCE, Allocation, Budget, allocate, highest
 from onnxprune.select.importance import Criterion, Scores, scores
 from onnxprune.select.plan import Plan
 from onnxprune.select.target import Target
@@ -25,10 +25,8 @@ from onnxprune.select.target import Target
 if TYPE_CHECKING:
     from onnxprune.calibrate.calibration import Calibration
 
-__all__ = ["Choice", "candidates", "choose", "met"]
+__all__ = ["Choice", "candidates", "choose"]
 
-TOLERANCE = 0.01
-ROUGHLY = 0.05  # how far from the target blocks may end where smaller ones would be slow, or there are none
 SLOW_BELOW = 4  # channels: onnxruntime falls back to a layout that is slower than what pruning gains
 
 
@@ -101,7 +99,8 @@ def choose(
     only: ids of the groups that may lose units; None: all. share: of the way to the target that is gone.
     cost: what the target's metric counts; None: one that the graph alone tells. halve: whether blocks are halved where
         whole ones could reach the target but stay above it. fill: whether the last of the way is filled with whatever
-        fits, at any price, so that no plan goes past the target and plans for growing shares grow out of each other.
+        fits, at any price, so that plans for growing shares grow out of each other; only the last, for the whole way,
+        goes past the target where it has to.
     floor: least share that a group keeps, and one block at least; 0 lets residual branches go as a whole.
     Where whole blocks don't come within 1 % of the target, they are halved until they do. From 4 channels on they may
     go past it for that; below, which is slow, they are halved only where it is missed by more than 5 %, above or
@@ -125,7 +124,7 @@ def choose(
     groups = [g for g in groups if only is None or g.id in only]
     ranked = scores(analysis, groups, importance, seed=seed, calibration=calibration)
     whole = removable(analysis) if floor == 0 else ()
-    best: tuple[Allocation, int] | None = None
+    best: tuple[bool, float, Allocation, int] | None = None
     block, least = align, total
     while True:
         found = allocate(
@@ -139,13 +138,15 @@ def choose(
             dear=math.inf if fill else DEAR,
             settle=not fill and (block <= SLOW_BELOW or not halve),
             overshoot=block == 1,
+            meet=block == 1 and share >= 1,
             whole=whole,
             losses=losses,
         )
-        if found.keep and (best is None or abs(found.remaining - goal) < abs(best[0].remaining - goal) * 0.999):
-            best = (found, block)
         least = min(least, found.least)
         missed = abs(found.remaining - goal) / goal
+        misses = found.remaining > highest(least, goal)
+        if found.keep and (best is None or (misses, missed) < (best[0], best[1] * 0.999)):
+            best = (misses, missed, found, block)
         close = missed <= ROUGHLY and found.least <= goal and found.keep
         enough = (block <= SLOW_BELOW and close) or (not halve and found.least <= goal)
         if missed <= TOLERANCE or block == 1 or enough:
@@ -155,23 +156,15 @@ def choose(
         raise TargetNotReached(
             f"target {target.text} can't be approached: no group may lose a unit", "lower --floor, or ask for less"
         )
-    allocation, block = best
+    *_, allocation, block = best
     outcome = TargetOutcome(
         target.metric,
         target.text,
         goal / total,
         allocation.remaining / total,
-        met(allocation.remaining, least, goal),
+        allocation.remaining <= highest(least, goal),
     )
     return Choice(Plan(allocation.keep), outcome, block, least / total)
-
-
-def met(remaining: float, least: float, goal: float) -> bool:
-    """Whether a target is met: within 1 %, or, where only the size of the blocks is in the way, within 5 %.
-
-    least: what would remain with every group at its floor.
-    """
-    return remaining <= goal * (1 + (ROUGHLY if least <= goal else TOLERANCE))
 
 
 def cost_of(target: Target, analysis: Analysis, groups: list[Group]) -> Cost:

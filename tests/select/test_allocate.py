@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnxprune.axes.analysis import Group
 from onnxprune.axes.expr import Atom
 from onnxprune.model.profile import Cost
-from onnxprune.select.allocate import allocate, convex_hull
+from onnxprune.select.allocate import allocate, convex_hull, highest
 
 losses = st.lists(st.floats(0, 100), min_size=1, max_size=12).map(np.array)
 
@@ -97,9 +97,38 @@ def test_a_gap_is_not_filled_at_many_times_the_price() -> None:
 
 
 def test_a_block_goes_past_the_goal_where_that_is_nearer() -> None:
-    assert ended(660, settle=False) == (7, 32, 732)
+    assert ended(660, settle=False, meet=False) == (7, 32, 732)
     assert ended(660) == (6, 32, 632)
     assert ended(712) == (7, 32, 732), "20 above rather than 80 below"
+
+
+def test_a_target_is_met_at_any_price_where_it_can_be() -> None:
+    assert ended(560, settle=False, meet=False) == (6, 32, 632)
+    assert ended(560, settle=False) == (5, 32, 532)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 60)), min_size=1, max_size=4),
+    st.floats(0.05, 0.99),
+    st.sampled_from([0.0, 1.0, 6.0, np.inf]),
+    st.booleans(),
+    st.sampled_from(["global", "local"]),
+    st.integers(0, 99),
+)
+def test_what_can_be_met_is_met(
+    sizes: list[tuple[int, int]], goal: float, dear: float, settle: bool, scope: str, seed: int
+) -> None:
+    """Groups in a row, each layer's cost the product of both its sides."""
+    groups = groups_of(*(n for n, _ in sizes))
+    atoms = [g.atom for g in groups]
+    pairs = zip(atoms, atoms[1:], strict=False)
+    cost = Cost(1.0, (*((float(c), (a,)) for a, (_, c) in zip(atoms, sizes, strict=True)), *((3.0, p) for p in pairs)))
+    rng = np.random.default_rng(seed)
+    scores = {g.id: rng.exponential(size=g.size) for g in groups}
+    wanted = goal * cost.total({})
+    step = {g.id: int(rng.integers(1, 3)) for g in groups}
+    found = allocate(groups, scores, cost, wanted, step, scope=scope, dear=dear, settle=settle)
+    assert found.remaining <= max(highest(found.least, wanted), found.least)
 
 
 def test_what_a_large_block_makes_needless_comes_back() -> None:
@@ -110,7 +139,7 @@ def test_what_a_large_block_makes_needless_comes_back() -> None:
     curves["g1"][21:] += 100 * np.arange(1.0, 11.0)
     scores = {g.id: np.ones(g.size) for g in groups}
     how = {"step": {"g0": 1, "g1": 1}, "floor": 0.0, "losses": curves}
-    above = allocate(groups, scores, cost, 60, settle=False, **how)
+    above = allocate(groups, scores, cost, 60, settle=False, meet=False, **how)
     assert above.remaining == 90 and {gid: len(kept) for gid, kept in above.keep.items()} == {"g1": 10}
     found = allocate(groups, scores, cost, 60, **how)
     assert found.remaining == 60 and {gid: len(kept) for gid, kept in found.keep.items()} == {"g0": 1, "g1": 20}
