@@ -206,6 +206,7 @@ class Repairing:
         fixed = signature_of(graph).batch
         if fixed is None:
             return Inputs(self.source, samples, self.source.description)
+        samples = min(samples, self.source.size or samples)
         batches = (b.inputs for b in self.source.batches(fixed, seed=self.seed, shuffle=True, drop_last=True))
         return Inputs(batches, samples, self.source.description)
 

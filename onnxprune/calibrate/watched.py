@@ -26,6 +26,7 @@ from onnxprune.data.source import Source
 from onnxprune.errors import DataError
 from onnxprune.mirroring.build import Builder
 from onnxprune.mirroring.quantised import Quantised
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.train.batching import free_batch, takes_several
 
 __all__ = ["Batches", "Gate", "Watched", "gate"]
@@ -215,12 +216,6 @@ def _joined(batches: list[Batch]) -> Batch:
         for part in ("inputs", "targets")
     )
     return Batch(inputs, targets)
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    if array.dtype.kind == "f" and array.dtype.itemsize == 2:
-        array = array.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
 
 
 def targets_of(batch: Batch) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The mirror's weights as the model stores them."""
+"""From arrays to the mirror's tensors and back: inputs as it takes them, weights as the model stores them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-__all__ = ["stored_values"]
+__all__ = ["as_array", "as_tensor", "stored_values"]
 
 Path = tuple[str, ...]
 
@@ -23,6 +23,12 @@ def stored_values(mirror: GraphModule) -> dict[Path, np.ndarray]:
             form = mirror.meta.get("quantised", {}).get(target)
             found[path] = as_array(tensor) if form is None else form.integers(as_array(tensor))
     return found
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """An input, float16 as float32: mirrors that compute in float32 take it as that."""
+    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
+    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)
 
 
 def as_array(tensor: torch.Tensor | nn.Parameter) -> np.ndarray:

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import cos, pi, prod
+from math import cos, pi
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,11 @@ from torch.fx import Interpreter, Node
 
 from onnxprune.axes.analysis import Analysis
 from onnxprune.data.signature import signature_of
-from onnxprune.model.graph import Graph
-from onnxprune.model.pins import batch_dimension
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.profile import costs
 from onnxprune.reconstruct.lockstep import Side
 from onnxprune.reconstruct.normalised import Norm, depths, norms, statistics_on
+from onnxprune.reconstruct.together import activations
 from onnxprune.train.batching import free_batch
 from onnxprune.verify.inputs import draw
 
@@ -111,14 +111,6 @@ def imagine(
     return Imagined(batches, samples, statistics, len(statistics) // 2)
 
 
-def activations(graph: Graph) -> int:
-    """Bytes of a sample's tensors between the nodes, about; sizes that are not known count as one."""
-    dimension = batch_dimension(graph)
-    lead = signature_of(graph).batch or (graph.pins.get(dimension, 1) if dimension is not None else 1)
-    sizes = (prod(d or 1 for d in graph.shapes.get(n) or (1,)) for node in graph.nodes for n in node.outputs if n)
-    return max(1, 4 * sum(sizes) // lead)
-
-
 def _multiple(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
@@ -159,7 +151,7 @@ def imagined(
         parameter.requires_grad_(False)
     frame: dict[int, tuple[Tensor, Tensor]] | None = None
     for drawn in batches:
-        inputs = [_as_tensor(drawn[n]) for n in side.module.meta["inputs"]]
+        inputs = [as_tensor(drawn[n]) for n in side.module.meta["inputs"]]
         floats = [k for k, x in enumerate(inputs) if x.is_floating_point() and x.ndim]
         for k in floats:
             inputs[k] = torch.from_numpy(coloured(inputs[k].numpy()))
@@ -268,8 +260,3 @@ class _Watch(Interpreter):
             for used in self.user_to_last_uses.get(node, ()):
                 self.env.pop(used, None)
         return found
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
-    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import GraphModule, Interpreter, Node, Proxy
 
 from onnxprune.mirroring.build import Builder
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
@@ -37,6 +39,8 @@ class Side:
         alive = set(self.nodes)
         self.places = {n: v.node for n, v in builder.values.items() if isinstance(v, Proxy) and v.node in alive}
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
+        self.names: tuple[str, ...] = self.module.meta["inputs"]
+        self.by_name = {n.name: n for n in self.nodes}
         self.interpreter = Interpreter(self.module, garbage_collect_values=False)
         self.static: set[Node] = set()  # what needs no data: cheap, and never kept
         self.weights: dict[Node, str] = {}
@@ -61,6 +65,20 @@ class Side:
             found = self.module.forward(*inputs)  # called, it would print a traceback
         listed = list(found) if len(self.graph.outputs) > 1 else [found]
         return [x if isinstance(x, torch.Tensor) else None for x in listed]
+
+    def shapes(self, feed: Mapping[str, np.ndarray]) -> dict[Node, tuple[int, ...]]:
+        """Of every tensor in the mirror, for these inputs. Raises RuntimeError where it can't be run."""
+        found: dict[Node, tuple[int, ...]] = {}
+        self.interpreter.env = {n: as_tensor(feed[name]) for n, name in zip(self.inputs, self.names, strict=True)}
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.op in ("placeholder", "output"):
+                    continue
+                with _running(node.name):
+                    value = self.interpreter.env[node] = self.interpreter.run_node(node)
+                if isinstance(value, torch.Tensor):
+                    found[node] = tuple(value.shape)
+        return found
 
     def levels(self, solved: Collection[str], turned: Collection[Node] = ()) -> dict[Node, int]:
         """How many of the weights in `solved` lie one behind another in front of each node, its own included. turned:
@@ -149,8 +167,7 @@ class Lockstep:
 
     def _run(self, k: int, run: list[Node], ends: list[list[Node]], held: dict[Any, Any]) -> dict[Node, Any]:
         side = self.sides[k]
-        by_name = {n.name: n for n in side.nodes}
-        env: dict[Node, Any] = {by_name[key[1]]: v for key, v in held.items() if key[0] == k}
+        env: dict[Node, Any] = {side.by_name[key[1]]: v for key, v in held.items() if key[0] == k}
         side.interpreter.env = env
         for node, over in zip(run, ends, strict=True):
             with _running(node.name):

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from onnxprune.axes.analysis import Analysis
+from onnxprune.data.signature import signature_of
 from onnxprune.data.source import Source
 from onnxprune.errors import DataError
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Model
 from onnxprune.model.infer import infer
 from onnxprune.model.profile import costs
@@ -36,6 +38,7 @@ from onnxprune.reconstruct.logits import Logits
 from onnxprune.reconstruct.normalised import Restated
 from onnxprune.reconstruct.solve import MODES, RIDGES
 from onnxprune.reconstruct.tasks import ConsumerRepair, LinearTask, ProductTask, Settings, Task
+from onnxprune.reconstruct.together import grouped, together
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.rewrite.weights import Path, with_weights
 from onnxprune.select.plan import Plan
@@ -127,8 +130,8 @@ def repair(
             turns = TURNS - (samples * costs(analysis)["macs"].total({}) > LONG)
         settings = Settings(mode, tuple(ridges), turns, memory_limit, seed)
         work = _Work(Lockstep(sides, frontier), judged, found, settings)
-        work.load(data, samples, batch)
         steps = work.steps()
+        work.load(data, samples, batch)
         for k in range(len(steps)):
             progress(k, len(steps))
             work.run(steps[k], [t for s in steps[k + 1 :] for t in s])
@@ -193,9 +196,12 @@ class _Work:
 
     def load(self, data: Source | Batches, samples: int, batch: int | None) -> None:
         """Take the inputs. Raises DataError where there are none."""
-        names = self.original.module.meta["inputs"]
-        for k, inputs in enumerate(_batches(data, samples, batch, self.settings.seed)):
-            tensors = [_as_tensor(inputs[n]) for n in names]
+        names, seed = self.original.names, self.settings.seed
+        most = max(1, min(LARGEST_BATCH, samples // BATCHES))
+        count = together((self.original, self.pruned), self.tasks, most, seed=seed) if batch is None else 1
+        batch = batch or signature_of(self.original.graph).batch
+        for k, inputs in enumerate(grouped(_batches(data, samples, batch, seed), count)):
+            tensors = [as_tensor(inputs[n]) for n in names]
             self.lockstep.append(tensors)
             if k % HOLD_OUT == HOLD_OUT - 1 or not k:  # the first in case that there are few
                 self.judged.append(dict(enumerate(tensors)))
@@ -348,8 +354,3 @@ def _errors(wanted: Tensor | None, old: Tensor | None, new: Tensor | None) -> np
     wanted, old, new = (x.double()[finite] for x in (wanted, old, new))
     errors = (float((x - wanted).square().sum()) for x in (old, new))
     return np.array([1, wanted.numel(), float(wanted.sum()), float(wanted.square().sum()), *errors])
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
-    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)

@@ -32,6 +32,7 @@ ROWS = 1 << 16
 ROWS_PER_COLUMN = 32
 RESIZED = "its axes are not those of the sizes that the file was analysed with"
 
+Shapes = Mapping[Node, tuple[int, ...]]
 Values = Sequence[Mapping[Node, Any]]  # of both networks' nodes, for one batch
 
 
@@ -100,6 +101,13 @@ class Task(ABC):
     def nbytes(self) -> int:
         """Of its moments."""
 
+    def scales(self, one: Sequence[Shapes], two: Sequence[Shapes], batch: int) -> bool:
+        """Whether it can read several batches at once, going by the shapes of the networks' tensors for one of the
+        file's size, `batch`, and for two of them: their samples stand in front, and what is masked is another axis."""
+        places = [(0, n) for n in self.aims] + [(1, n) for n in (*self.inputs, *self.tried)]
+        shapes = [(one[k].get(n, ()), two[k].get(n, ())) for k, n in places]
+        return all(b == (2 * a[0], *a[1:]) if a else False for a, b in shapes)
+
     @abstractmethod
     def start(self, turn: int) -> None:
         """A pass over the batches is about to begin."""
@@ -150,6 +158,11 @@ class LinearTask(Task):
     @property
     def tried(self) -> list[Node]:
         return [] if self.beyond is None else [self.pruned.places[n] for n in (self.beyond.y, self.beyond.u)]
+
+    def scales(self, one: Sequence[Shapes], two: Sequence[Shapes], batch: int) -> bool:
+        consumer, found = self.consumer, self.beyond
+        kept = found.kept if found is not None else consumer.kept if consumer.original is None else ()
+        return super().scales(one, two, batch) and (not kept or kept[0] is None)
 
     @property
     def nbytes(self) -> int:
@@ -302,6 +315,10 @@ class ProductTask(Task):
     @property
     def aims(self) -> list[Node]:
         return [self.original.places[o.of] for o in (self.product.left, self.product.right)]
+
+    def scales(self, one: Sequence[Shapes], two: Sequence[Shapes], batch: int) -> bool:
+        leads = [one[k][n][0] for k, some in ((0, self.aims), (1, self.inputs)) for n in some if one[k].get(n)]
+        return super().scales(one, two, batch) and all(lead == batch for lead in leads)
 
     @property
     def nbytes(self) -> int:

@@ -1,22 +1,25 @@
 """Real batches for a model whose file is fixed to a batch size, mostly to one sample.
 
-The graphs of most such files do not care, but for Reshape nodes that spell the batch out. The idea: nothing is
-concluded from the graph. The mirror's reshapes are left to find the first size themselves; then two feeds are run one
-after the other and together, and every output that can be learnt from has to be the same. The file stays as it is.
+The graphs of most such files do not care, but for Reshape nodes that spell the batch out and constants that stand
+beside a sample. The idea: nothing is concluded from the graph. The mirror's reshapes are left to find the first size
+themselves, and such constants are repeated; then two feeds are run one after the other and together, and every output
+that can be learnt from has to be the same. The file stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from onnxprune.data.signature import Signature
 from onnxprune.errors import DataError
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.model.outputs import output_kinds
 from onnxprune.verify.compare import difference
@@ -26,6 +29,7 @@ __all__ = ["Unfitting", "fitting", "free_batch", "takes_several"]
 
 TRIES = 3  # pairs of feeds; some models give the same for most inputs
 TOLERANCE = 1e-4  # relative; sums are taken in another order
+UNFIT = (RuntimeError, IndexError, ValueError, TypeError)  # what torch says of shapes that don't fit
 
 Feed = Mapping[str, np.ndarray]
 
@@ -61,8 +65,8 @@ def free_batch(mirror: GraphModule, graph: Graph, signature: Signature, *, doubt
     learnt = [k.name for k in output_kinds(graph) if k.learnable]
     if size is None or not learnt:
         return False
-    before = _relax(mirror)
     rng = np.random.default_rng(seed)
+    before = _relax(mirror, _shapes(mirror, graph, draw(graph, graph.pins, rng)))
     found = None
     for spread in (s for s in SPREADS for _ in range(TRIES)):
         found = _same(mirror, graph, [draw(graph, graph.pins, rng, spread=spread) for _ in range(2)], size, learnt)
@@ -70,8 +74,8 @@ def free_batch(mirror: GraphModule, graph: Graph, signature: Signature, *, doubt
             break
     answer = doubt if found is None else found
     if not answer:
-        for node, arguments in before:
-            node.args = arguments
+        for node, target, arguments in before:
+            node.target, node.args = target, arguments
         mirror.recompile()
     return answer
 
@@ -84,18 +88,55 @@ def takes_several(mirror: GraphModule, graph: Graph, *, seed: int = 0) -> bool:
     return _outputs(mirror, graph, one) is None or _outputs(mirror, graph, two) is not None
 
 
-def _relax(mirror: GraphModule) -> list[tuple[Node, tuple]]:
-    """Let reshapes to constant sizes find the first one themselves; gives the nodes with what they had before."""
+def _relax(mirror: GraphModule, shapes: Mapping[Node, tuple[int, ...]]) -> list[tuple[Node, Any, tuple]]:
+    """Let reshapes to constant sizes find the first one themselves, and what is put beside constants (as zeros for
+    padding) repeat them for every sample; gives the nodes with what they had before. shapes: of the nodes' tensors."""
     before = []
     for node in mirror.graph.nodes:
-        if node.op != "call_method" or node.target != "reshape" or len(node.args) != 2:
-            continue
-        sizes = node.args[1]
-        if isinstance(sizes, (list, tuple)) and sizes and all(isinstance(s, int) and s > 0 for s in sizes):
-            before.append((node, node.args))
-            node.args = (node.args[0], [-1, *sizes[1:]])
+        was = node, node.target, node.args
+        if node.op == "call_method" and node.target == "reshape" and len(node.args) == 2:
+            sizes = node.args[1]
+            if isinstance(sizes, (list, tuple)) and sizes and all(isinstance(s, int) for s in sizes) and sizes[0] > 0:
+                rest = shapes.get(node, tuple(sizes))[1:]
+                if all(s > 0 for s in rest):
+                    before.append(was)
+                    node.args = (node.args[0], [-1, *rest])
+        elif node.target is torch.cat:
+            before.append(was)
+            node.target = _beside
     mirror.recompile()
     return before
+
+
+def _beside(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """`torch.cat`, where some of them may be for one sample only."""
+    samples = max(len(x) for x in tensors)
+    if dim in (0, -tensors[0].ndim) or samples == 1:
+        return torch.cat(tensors, dim)
+    return torch.cat([x.expand(samples, *x.shape[1:]) if len(x) == 1 else x for x in tensors], dim)
+
+
+class _Shapes(Interpreter):
+    """shapes: of the tensors of all nodes that were run."""
+
+    def __init__(self, mirror: GraphModule) -> None:
+        super().__init__(mirror)
+        self.shapes: dict[Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        found = super().run_node(n)
+        if isinstance(found, Tensor):
+            self.shapes[n] = tuple(found.shape)
+        return found
+
+
+@torch.no_grad()
+def _shapes(mirror: GraphModule, graph: Graph, feed: Feed) -> dict[Node, tuple[int, ...]]:
+    """As far as the mirror can be run on this."""
+    seen = _Shapes(mirror)
+    with suppress(*UNFIT):
+        seen.run(*(as_tensor(feed[n]) for n in graph.inputs))
+    return seen.shapes
 
 
 def _same(mirror: GraphModule, graph: Graph, feeds: Sequence[Feed], size: int, learnt: Sequence[str]) -> bool | None:
@@ -115,8 +156,8 @@ def _same(mirror: GraphModule, graph: Graph, feeds: Sequence[Feed], size: int, l
 def _outputs(mirror: GraphModule, graph: Graph, feed: Feed) -> dict[str, np.ndarray] | None:
     """Tensors by output name; None where the mirror can't be run."""
     try:
-        found = mirror.forward(*(_as_tensor(feed[n]) for n in graph.inputs))  # called, it would print a traceback
-    except (RuntimeError, IndexError, ValueError, TypeError):  # what torch says of shapes that don't fit
+        found = mirror.forward(*(as_tensor(feed[n]) for n in graph.inputs))  # called, it would print a traceback
+    except UNFIT:
         return None
     found = [found] if len(graph.outputs) == 1 else found
     return {
@@ -124,8 +165,3 @@ def _outputs(mirror: GraphModule, graph: Graph, feed: Feed) -> dict[str, np.ndar
         for n, x in zip(graph.outputs, found, strict=True)
         if isinstance(x, Tensor)
     }
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    half = array.dtype.kind == "f" and array.dtype.itemsize == 2
-    return torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if half else array)).reshape(array.shape)

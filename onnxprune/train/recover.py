@@ -28,7 +28,7 @@ from onnxprune.data.source import Source, open_data
 from onnxprune.errors import VerificationFailed
 from onnxprune.mirroring import mirror
 from onnxprune.mirroring.rebn import Moments, channel_moments, fold, freeze_statistics, has_normalisation, rebn
-from onnxprune.mirroring.values import stored_values
+from onnxprune.mirroring.values import as_tensor, stored_values
 from onnxprune.model.graph import Graph, Model
 from onnxprune.ops.registry import Operator
 from onnxprune.result import Training
@@ -299,7 +299,7 @@ def mirror_error(
     worst = 0.0
     for feed, expected in zip(feeds, wanted, strict=True):
         with torch.no_grad():
-            found = module(*(_as_tensor(feed[n]) for n in graph.inputs))
+            found = module(*(as_tensor(feed[n]) for n in graph.inputs))
         found = [found] if len(expected) == 1 else found
         for name, a, b in zip(graph.outputs, expected, found, strict=True):
             if name not in behind and isinstance(b, Tensor):
@@ -322,9 +322,3 @@ def fingerprint(graph: Graph) -> str:
     plan = [p.value for p in graph.model.proto.metadata_props]
     count = sum(p.size for p in graph.parameters.values())
     return f"{count:,} parameters ({hashlib.sha256(json.dumps([parts, plan]).encode()).hexdigest()[:12]})"
-
-
-def _as_tensor(array: np.ndarray) -> Tensor:
-    if array.dtype.kind == "f" and array.dtype.itemsize == 2:
-        array = array.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
