@@ -143,6 +143,27 @@ def test_inputs_are_fitted_to_stored_statistics_when_asked_for(tiny_cnn: Path, t
     assert run("verify", tiny_cnn, files[0]).exit_code == 0
 
 
+def test_an_int8_model_is_repaired_in_its_integers(
+    tiny_cnn: Path, inputs: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    from onnxprune.data import CalibrationReader
+
+    small, out = tmp_path / "int8.onnx", tmp_path / "out.onnx"
+    how = {"weight_type": QuantType.QInt8, "per_channel": True}
+    quantize_static(tiny_cnn, small, CalibrationReader.open(tiny_cnn, inputs), **how)
+    found = onnxprune.compress(small, out, target="macs=0.5", data=inputs, importance="l2")
+    assert found.repair is not None and found.repair.after < 0.7 * found.repair.before
+    assert found.repair.consumers[0]["mode"] == "affine" and not found.repair.left, found.repair
+    assert run("verify", small, out).exit_code == 0
+    plain = onnxprune.compress(small, target="macs=0.5", data=inputs, importance="l2", repair="none")
+    assert plain.model is not None and found.model is not None
+    before, after = ({t.name: t for t in r.model.proto.graph.initializer} for r in (plain, found))
+    changed = {n for n in before if before[n].SerializeToString() != after[n].SerializeToString()}
+    assert {after[n].data_type for n in changed} == {onnx.TensorProto.INT8, onnx.TensorProto.INT32}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -187,7 +208,7 @@ def test_a_model_that_torch_cannot_run_is_left_as_the_surgery_made_it(
     def fails(*_: Any, **__: Any) -> Any:
         raise IndexError("index 7 is out of bounds")
 
-    monkeypatch.setattr("torch.fx.Interpreter.run_node", fails)
+    monkeypatch.setattr("onnxprune.reconstruct.lockstep.Side.run", fails)
     with pytest.raises(DataError, match="index 7 is out of bounds") as refused:
         compress(data=str(data), repair="affine")
     assert refused.value.hint == "--repair none prunes it without repair"

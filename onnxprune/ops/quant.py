@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from onnxprune.axes.expr import Expr
@@ -15,7 +16,7 @@ from onnxprune.ops.lazy import F, kernels, torch
 from onnxprune.ops.pieces import joined_dead
 from onnxprune.ops.quantised import declared, real, rounded
 from onnxprune.ops.registry import Operator, Role
-from onnxprune.ops.rules import AxisContext, Kind, MirrorContext, NodeView
+from onnxprune.ops.rules import AxisContext, Flat, Kind, MirrorContext, NodeView
 
 __all__ = ["OPERATORS"]
 
@@ -140,6 +141,16 @@ def quantize_mirror(m: MirrorContext) -> Any:
     return rounded(m, m.tensor(0), 1, 2, axis=int(m.attr("axis", 1)), block=int(m.attr("block_size", 0)))
 
 
+def quantize_flat(node: NodeView, stored: Sequence[np.ndarray | None]) -> Flat | None:
+    """Outside of what its integers reach. Exporters of int8 networks leave activations out where that does the same."""
+    scale, zero = stored[1], stored[2] if len(stored) > 2 else np.zeros((), np.uint8)
+    if scale is None or zero is None or scale.size > 1 or zero.dtype.kind not in "iu":
+        return None
+    bounds = np.iinfo(zero.dtype)
+    low, high = ((k - float(zero.item())) * float(scale.item()) for k in (bounds.min, bounds.max))
+    return Flat(low, high)
+
+
 def dequantize_mirror(m: MirrorContext) -> Any:
     return declared(m, real(m, 0, 1, 2, axis=int(m.attr("axis", 1)), block=int(m.attr("block_size", 0))))
 
@@ -195,6 +206,7 @@ OPERATORS = (
         keeps=frozenset({1, 2}),
         mirror=quantize_mirror,
         fixed=frozenset({1}),
+        flat=quantize_flat,
         role=Role.REARRANGES,
     ),
     Operator(
@@ -203,6 +215,7 @@ OPERATORS = (
         zero_stays,
         keeps=frozenset({1, 2}),
         quantised=((0, 2),),
+        dequantises=True,
         mirror=dequantize_mirror,
         fixed=frozenset({1}),
         role=Role.REARRANGES,
@@ -224,6 +237,7 @@ OPERATORS = (
         keeps=frozenset({1, 2}),
         quantised=((0, 2),),
         shape=lambda n, i: [(i[1][0] if i[1] else 1, _sizes(i[0]))],
+        dequantises=True,
         mirror=dequantize_mirror,
         fixed=frozenset({1}),
     ),

@@ -72,6 +72,7 @@ class Operator:
     discrete: a rounding error in its input may change what it selects, so that outputs behind it can't be compared.
     indices: (input, input) pairs of indices and the tensor that they look up along `axis` (0 by default).
     rounds: it computes in, or rounds to, 8-bit integers.
+    dequantises: whether it gives what integers stand for: (input 0 - input 2) * input 1, along `axis`.
     quantised: input -> input holding its zero point; 'zero' of such a parameter is its zero point.
     carries: it moves or compares values and computes none, so that integers may be carried through it as floats.
     mirror: the operator in torch, recorded into the mirror's graph. None: a model with it can't be trained.
@@ -108,6 +109,7 @@ class Operator:
     indices: tuple[tuple[int, int], ...] = ()
     rounds: bool = False
     quantised: tuple[tuple[int, int], ...] = ()
+    dequantises: bool = False
     carries: bool = False
     mirror: MirrorRule | None = None
     fixed: frozenset[int] = frozenset()

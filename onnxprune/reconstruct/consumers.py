@@ -133,8 +133,7 @@ class _Finder:
         source = self.moves.stored(small.inputs[w])
         if source is None or source.reason:
             return f"its weight {'is computed from the data' if source is None else source.reason}"
-        parameter = self.pruned.parameters[source.name]
-        if parameter.elem_type not in FLOATS:
+        if not self.real(source):
             return "its weight is stored in integers"
         linear, form = self.form(self.pruned, small, w, source)
         if linear is None or form is None or not linear.weight_shape:
@@ -210,7 +209,7 @@ class _Finder:
             None if label in gone else kept(e, self.keep)
             for label, e in zip(linear.terms[1], self.analysis.uses[node.index, w], strict=True)
         )
-        weight = take(source.seen(self.graph.array(source.name)), masks)
+        weight = take(source.seen(self.whole_moves.numbers(source)), masks)
         g, _, o = form.sizes()
         place = self.own_place(small, form.linear)
         return Consumer(
@@ -257,7 +256,7 @@ class _Finder:
     def numbers(self, name: str) -> np.ndarray | None:
         """Of a tensor that is stored."""
         source = self.moves.stored(name)
-        return None if source is None or source.reason else source.seen(self.pruned.array(source.name))
+        return None if source is None or source.reason else source.seen(self.moves.numbers(source))
 
     def own_place(self, node: Node, linear: Linear) -> Place | None:
         bias = node.inputs[linear.bias] if linear.bias is not None and linear.bias < len(node.inputs) else ""
@@ -268,10 +267,14 @@ class _Finder:
         source = self.moves.stored(name)
         if source is None or source.reason or not all(map(self.single, source.names)):
             return None
-        parameter = self.pruned.parameters[source.name]
-        if parameter.elem_type not in FLOATS:
+        if not self.real(source):
             return None
-        return Place(source.name, lambda c: source.back(lay(c), parameter.shape))
+        shape = self.pruned.parameters[source.name].shape
+        return Place(source.name, lambda c: source.back(lay(c), shape))
+
+    def real(self, source: Stored) -> bool:
+        """Whether the mirror has the numbers as reals, whatever the file stores."""
+        return source.integers is not None or self.pruned.parameters[source.name].elem_type in FLOATS
 
     def own(self, name: str) -> bool:
         """Whether it is a stored tensor of floats that one node reads."""

@@ -7,20 +7,23 @@ two steps the weights in front of what has not run may change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Interpreter, Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
+from torch.fx.node import map_arg
 
 from onnxprune.mirroring.build import Builder
+from onnxprune.mirroring.quantised import Quantised
 from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
 from onnxprune.reconstruct.frontier import Frontier
+from onnxprune.workers import in_order
 
 __all__ = ["Lockstep", "Side"]
 
@@ -41,7 +44,6 @@ class Side:
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
         self.names: tuple[str, ...] = self.module.meta["inputs"]
         self.by_name = {n.name: n for n in self.nodes}
-        self.interpreter = Interpreter(self.module, garbage_collect_values=False)
         self.static: set[Node] = set()  # what needs no data: cheap, and never kept
         self.weights: dict[Node, str] = {}
         paths = self.module.meta["parameters"]
@@ -54,10 +56,16 @@ class Side:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The stored tensor of that name, as the mirror holds it."""
-        value: Any = self.module
-        for part in self.targets[name].split("."):
-            value = getattr(value, part)
-        return value.detach()
+        return self.attribute(self.targets[name]).detach()
+
+    def stored(self, name: str, values: np.ndarray) -> np.ndarray:
+        """As the model stores a tensor of these values: the integers that stand for them, where it stores such."""
+        form = self.form(name)
+        return values if form is None else form.integers(values)
+
+    def form(self, name: str) -> Quantised | None:
+        """How integers stand for a stored tensor's values; None where it stores them as they are."""
+        return self.module.meta["quantised"].get(self.targets[name])
 
     def outputs(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
         """Of the whole network; None for what is no tensor. Raises RuntimeError where it can't be run."""
@@ -69,16 +77,38 @@ class Side:
     def shapes(self, feed: Mapping[str, np.ndarray]) -> dict[Node, tuple[int, ...]]:
         """Of every tensor in the mirror, for these inputs. Raises RuntimeError where it can't be run."""
         found: dict[Node, tuple[int, ...]] = {}
-        self.interpreter.env = {n: as_tensor(feed[name]) for n, name in zip(self.inputs, self.names, strict=True)}
-        with torch.no_grad():
-            for node in self.nodes:
-                if node.op in ("placeholder", "output"):
-                    continue
-                with _running(node.name):
-                    value = self.interpreter.env[node] = self.interpreter.run_node(node)
-                if isinstance(value, torch.Tensor):
-                    found[node] = tuple(value.shape)
+        run = [n for n in self.nodes if n.op not in ("placeholder", "output")]
+        env: dict[Node, Any] = {n: as_tensor(feed[name]) for n, name in zip(self.inputs, self.names, strict=True)}
+        for node, value in self.run(run, env):
+            env[node] = value
+            if isinstance(value, torch.Tensor):
+                found[node] = tuple(value.shape)
         return found
+
+    @torch.no_grad()
+    def run(self, nodes: Iterable[Node], env: Mapping[Node, Any]) -> Iterator[tuple[Node, Any]]:
+        """The nodes' values, one after the other. env: of the nodes that they read, as it is by then. Raises
+        RuntimeError where one can't be run."""
+        for node in nodes:
+            with _running(node.name):
+                arguments: Any = map_arg(node.args, env.__getitem__)
+                options: Any = map_arg(node.kwargs, env.__getitem__)
+                if node.op == "call_function":
+                    value = node.target(*arguments, **options)  # type: ignore[operator]
+                elif node.op == "call_method":
+                    value = getattr(arguments[0], str(node.target))(*arguments[1:], **options)
+                else:
+                    value = self.attribute(str(node.target))
+                    if node.op == "call_module":
+                        value = value.forward(*arguments, **options)  # called, it would print a traceback
+            yield node, value
+
+    def attribute(self, target: str) -> Any:
+        """Of the module, by its path."""
+        value: Any = self.module
+        for part in target.split("."):
+            value = getattr(value, part)
+        return value
 
     def levels(self, solved: Collection[str], turned: Collection[Node] = ()) -> dict[Node, int]:
         """How many of the weights in `solved` lie one behind another in front of each node, its own included. turned:
@@ -140,38 +170,37 @@ class Lockstep:
             runs.append(run)
             keeps.append(keep)
             ends.append(_last_uses(run, {*wanted, *also, *keep}))
-        with torch.no_grad():
-            for batch in range(len(self.frontier)):
-                held = self.frontier.take(batch)
-                if batch in self.lost:
-                    continue
-                try:
-                    values = [self._run(k, runs[k], ends[k], held) for k in range(len(self.sides))]
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError:
-                    self.lost.add(batch)
-                    if len(self.lost) == len(self.frontier):
-                        raise
-                    continue
+
+        def computed(held: Mapping[Any, Any]) -> list[dict[Node, Any]] | RuntimeError:
+            try:
+                return [self._run(k, runs[k], ends[k], held) for k in range(len(self.sides))]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                return error
+
+        batches = [b for b in range(len(self.frontier)) if b not in self.lost]
+        for batch, values in zip(batches, in_order(computed, map(self.frontier.take, batches)), strict=True):
+            if isinstance(values, RuntimeError):
+                self.lost.add(batch)
+                if len(self.lost) == len(self.frontier):
+                    raise values
+                continue
+            with torch.no_grad():
                 visit(batch, values)
-                self.frontier.put(
-                    batch,
-                    {(k, n.name): env[n] for k, env in enumerate(values) for n in keeps[k] if n in env},
-                )
+            kept: dict[Any, Any] = {(k, n.name): env[n] for k, env in enumerate(values) for n in keeps[k] if n in env}
+            self.frontier.put(batch, kept)
 
     def turn(self, k: int, node: Node, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Exchange the values of a node that has run on side k, where they are still held."""
         for batch in range(len(self.frontier)):
             self.frontier.change(batch, (k, node.name), change)
 
-    def _run(self, k: int, run: list[Node], ends: list[list[Node]], held: dict[Any, Any]) -> dict[Node, Any]:
+    def _run(self, k: int, run: list[Node], ends: list[list[Node]], held: Mapping[Any, Any]) -> dict[Node, Any]:
         side = self.sides[k]
         env: dict[Node, Any] = {side.by_name[key[1]]: v for key, v in held.items() if key[0] == k}
-        side.interpreter.env = env
-        for node, over in zip(run, ends, strict=True):
-            with _running(node.name):
-                env[node] = side.interpreter.run_node(node)
+        for (node, value), over in zip(side.run(run, env), ends, strict=True):
+            env[node] = value
             for n in over:
                 env.pop(n, None)
         return env

@@ -7,8 +7,11 @@ Sums are in float64, over as many blocks of rows as come: the rows themselves ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+
+from onnxprune.workers import each, panels, product
 
 __all__ = ["Moments"]
 
@@ -37,17 +40,27 @@ class Moments:
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         """x: (g, n, p) and y: (g, n, o), float64."""
         self.n += x.shape[1]
-        for k in range(len(x)):  # a matrix times its own transpose is half the work, which numpy knows of one matrix
-            self.xx[k] += x[k].T @ x[k]
         self.x += x.sum(1)
+        each(partial(self._add, k, at, x[k]) for k in range(len(x)) for at in panels(x.shape[2]))
         self.aim(x, y)
+
+    def _add(self, k: int, at: slice, x: np.ndarray) -> None:
+        """The columns `at` of a group's matrix, from the diagonal on, and the same rows: it is symmetric."""
+        own, rest = x[:, at], slice(at.stop, None)
+        self.xx[k, at, at] += own.T @ own  # half of the work, which numpy knows of one matrix
+        if at.stop < x.shape[1]:
+            below = x[:, rest].T @ own
+            self.xx[k, rest, at] += below
+            self.xx[k, at, rest] += below.T
 
     def aim(self, x: np.ndarray, y: np.ndarray) -> None:
         """Of rows that were added before, other targets: see `aimed`."""
-        for k in range(len(x)):
-            self.yx[k] += y[k].T @ x[k]
+        each(partial(self._aim, k, at, x[k], y[k]) for k in range(len(x)) for at in panels(x.shape[2]))
         self.y += y.sum(1)
         self.yy += np.einsum("gno,gno->go", y, y)
+
+    def _aim(self, k: int, at: slice, x: np.ndarray, y: np.ndarray) -> None:
+        self.yx[k, :, at] += y.T @ x[:, at]
 
     def aimed(self) -> Moments:
         """Of the same rows, and no targets yet; the rows' moments are shared."""
@@ -59,7 +72,8 @@ class Moments:
 
     def error(self, weight: np.ndarray, offset: np.ndarray) -> float:
         """Sum of squares of x w' + offset - y over all rows and outputs. weight: (g, o, p), offset: (g, o)."""
-        predicted = np.einsum("gop,gop->", weight @ self.xx - 2 * self.yx, weight)
+        pulled = np.stack([product(w, xx) for w, xx in zip(weight, self.xx, strict=True)])
+        predicted = np.einsum("gop,gop->", pulled - 2 * self.yx, weight)
         shifted = 2 * np.einsum("go,go->", offset, np.einsum("gop,gp->go", weight, self.x) - self.y)
         return float(predicted + shifted + self.n * np.square(offset).sum() + self.yy.sum())
 

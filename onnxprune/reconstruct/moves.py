@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxprune.mirroring.quantised import INTEGERS, Quantised
 from onnxprune.model.graph import Graph, Node
 from onnxprune.model.weights import FLOATS
 from onnxprune.ops.registry import Operator
@@ -36,7 +37,7 @@ class Stored:
     nowhere, as a predicate.
 
     names: of the parameter and of what lies between. at: for every element of the tensor the flat index of the one that
-    it is, times `scale`; None where it is the parameter itself.
+    it is, times `scale`; None where it is the parameter itself. integers: how the parameter's integers stand for them.
     """
 
     name: str = ""
@@ -44,9 +45,10 @@ class Stored:
     at: np.ndarray | None = None
     scale: float = 1.0
     reason: str = ""
+    integers: Quantised | None = None
 
     def seen(self, stored: np.ndarray) -> np.ndarray:
-        """The tensor's numbers, where the parameter holds these."""
+        """The tensor's numbers, where the parameter holds these, or integers that stand for them."""
         return stored if self.at is None else stored.reshape(-1)[self.at] * self.scale
 
     def back(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -90,6 +92,11 @@ class Moves:
         found = self.graph.values.get(name)
         return self.graph.array(name) if found is None and name in self.graph.parameters else found
 
+    def numbers(self, source: Stored) -> np.ndarray:
+        """What a parameter holds, or its integers stand for."""
+        array = self.graph.array(source.name)
+        return array if source.integers is None else source.integers.reals(array)
+
     def _stored(self, name: str) -> Stored | None:
         graph = self.graph
         if name in graph.parameters:
@@ -97,6 +104,9 @@ class Moves:
         if name not in graph.static or name not in graph.producers:
             return None
         node = graph.producers[name]
+        integers = self._integers(node)
+        if integers is not None:
+            return Stored(node.inputs[0], (node.inputs[0], name), integers=integers)
         numbers = [i for i, n in enumerate(node.inputs) if n and graph.types.get(n) in FLOATS]
         if len(numbers) > 1:  # all but one are factors
             numbers = [i for i in numbers if any(k != 1 for k in graph.shapes.get(node.inputs[i], ()))]
@@ -112,7 +122,18 @@ class Moves:
         at = move.at if source.at is None else source.at.reshape(-1)[move.at]
         if at.size != graph.parameters[source.name].size or len(np.unique(at)) < at.size:
             return refusal
-        return Stored(source.name, (*source.names, name), at, move.scale * source.scale)
+        return Stored(source.name, (*source.names, name), at, move.scale * source.scale, integers=source.integers)
+
+    def _integers(self, node: Node) -> Quantised | None:
+        """How stored integers stand for the numbers that a DequantizeLinear gives; None where it is none of such."""
+        operator, parameter = self.registry.get(node.op), self.graph.parameters.get(node.inputs[0])
+        if operator is None or not operator.dequantises or parameter is None or parameter.elem_type not in INTEGERS:
+            return None
+        scale, zero = (self.value(n) if n else np.zeros(()) for n in (*node.inputs, "")[1:3])
+        if scale is None or zero is None:
+            return None
+        axis, block = (int(node.attributes.get(n, d)) for n, d in (("axis", 1), ("block_size", 0)))
+        return Quantised(parameter.elem_type, scale, zero, axis, block)
 
     def _probed(self, node: Node, i: int) -> dict[str, Move] | None:
         operator = self.registry.get(node.op)

@@ -42,6 +42,7 @@ from onnxprune.reconstruct.together import grouped, together
 from onnxprune.rewrite.rewrite import rewrite
 from onnxprune.rewrite.weights import Path, with_weights
 from onnxprune.select.plan import Plan
+from onnxprune.workers import sparing_threads
 
 __all__ = ["ConsumerRepair", "Repaired", "repair"]
 
@@ -123,7 +124,7 @@ def repair(
     found, left = consumers(analysis, plan, pruned, behind=behind)
     if mode == "none" or not found:
         return Repaired(model, (), tuple(left), 0.0, 0.0, False, 0, 0, 0, time.perf_counter() - start, 0, 0)
-    with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged:
+    with closing(Frontier(memory_limit)) as frontier, closing(Frontier(memory_limit // 8)) as judged, sparing_threads():
         sides = Side(graph, registry), Side(pruned, registry)
         restated = Restated(analysis, plan, sides, statistics or {})
         if turns is None:
@@ -140,7 +141,8 @@ def repair(
     dropped = bool(work.values) and not (after < before or (work.coarse and after == before))
     if dropped:
         work.values.clear()
-    values: dict[Path, np.ndarray] = {(name,): array for name, array in restated.back(work.values).items()}
+    kept = restated.back(work.values)
+    values: dict[Path, np.ndarray] = {(name,): sides[1].stored(name, array) for name, array in kept.items()}
     return Repaired(
         with_weights(pruned, values),
         tuple(work.reports),

@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from onnxprune.reconstruct.moments import Moments
+from onnxprune.workers import product
 
 __all__ = ["MODES", "RIDGES", "Solution", "ridge", "solve"]
 
@@ -52,12 +54,13 @@ def solve(
     ridges: Sequence[float] = RIDGES,
     begin: float | None = None,
     final: bool = True,
+    snap: Callable[[np.ndarray], np.ndarray] = lambda weight: weight,
 ) -> Solution:
     """The best of `mode` and what is simpler. fit, held: moments of two parts of the rows.
 
     weight (g, o, p), offset (g, o): as they are after slicing. free: whether the offset can be changed. begin: the
     ridge that is tried first. final: the solution is of all rows; else of `fit` alone, and rows that were held out can
-    judge what comes after it.
+    judge what comes after it. snap: what becomes of a weight when it is stored, in integers perhaps.
     """
     judge = held if held.n else fit
     scale = max(judge.spread(), np.finfo(float).tiny)
@@ -69,7 +72,7 @@ def solve(
     if mode in ("ls", "affine"):
 
         def error(size: float) -> float:
-            tried, _ = ridge(fit, weight, None if affine else offset, size)
+            tried = snap(ridge(fit, weight, None if affine else offset, size)[0])
             return judge.error(tried, centre(fit, tried) if affine else offset) / scale
 
         tried = downhill(error, sorted(ridges), begin) if fit.n else {}
@@ -78,6 +81,7 @@ def solve(
     moments, condition = fit + held if final and held.n else fit, 1.0
     if chosen in ("ls", "affine"):
         weight, condition = ridge(moments, weight, None if affine else offset, size)
+        weight = snap(weight)
     if chosen in ("mean", "affine"):
         offset = centre(moments, weight)
     return Solution(weight, offset, chosen, size, condition, before, after)
@@ -119,13 +123,17 @@ def ridge(moments: Moments, weight: np.ndarray, offset: np.ndarray | None, size:
             yx -= np.outer(moments.y[k] / n, mean)
         else:
             yx -= np.outer(offset[k], moments.x[k] / n)
-        step, condition = _solved(xx, yx - weight[k] @ xx, size)
+        step, condition = _solved(xx, yx - product(weight[k], xx), size)
         found[k], worst = weight[k] + step, max(worst, condition)
     return found, worst
 
 
 def _solved(matrix: np.ndarray, right: np.ndarray, size: float) -> tuple[np.ndarray, float]:
-    """right (matrix + r I)^-1, where r grows until the matrix is positive definite to rounding. `matrix` is used up."""
+    """right (matrix + r I)^-1, where r grows until the matrix is positive definite to rounding. `matrix` is used up.
+
+    In torch: numpy solves no triangular systems, and its threads wait for each other at every column, which takes a
+    hundred times as long where something else keeps a core busy.
+    """
     diagonal = np.einsum("ii->i", matrix)
     unit = diagonal.mean()
     if not 0 < unit < np.inf:
@@ -133,21 +141,11 @@ def _solved(matrix: np.ndarray, right: np.ndarray, size: float) -> tuple[np.ndar
     diagonal += size * unit
     jitter = JITTER
     while True:
-        try:
-            factor = np.linalg.cholesky(matrix)
+        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+        if not failed:
             break
-        except np.linalg.LinAlgError:
-            diagonal += jitter * unit
-            jitter *= 10
-    spread = np.diagonal(factor)
-    half = _triangular(factor, right.T)
-    return _triangular(factor, half, transposed=True).T, float(spread.max() / spread.min())
-
-
-def _triangular(factor: np.ndarray, right: np.ndarray, *, transposed: bool = False) -> np.ndarray:
-    """Solve with a lower triangular matrix, or its transpose; numpy has none for that, torch does."""
-    import torch
-
-    a, b = torch.from_numpy(factor), torch.from_numpy(np.ascontiguousarray(right))
-    a = a.mT if transposed else a
-    return torch.linalg.solve_triangular(a, b, upper=transposed).numpy()
+        diagonal += jitter * unit
+        jitter *= 10
+    spread = factor.diagonal()
+    step = torch.cholesky_solve(torch.from_numpy(np.ascontiguousarray(right.T)), factor)
+    return step.numpy().T, float(spread.max() / spread.min())

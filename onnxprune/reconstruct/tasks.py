@@ -189,11 +189,12 @@ class LinearTask(Task):
             self.flat = self.beyond.flat(self.value) if turn else None
 
     def value(self, name: str) -> np.ndarray | None:
-        """Of a stored tensor of the pruned model, as it is now."""
+        """Of a stored tensor of the pruned model, as it is now: reals in float64."""
         if name in self.pruned.targets:
             return self.pruned.tensor(name).double().numpy()
         graph = self.pruned.graph
-        return graph.array(name).astype(np.float64) if name in graph.parameters else None
+        array = graph.array(name) if name in graph.parameters else None
+        return array if array is None or array.dtype.kind in "iu" else array.astype(np.float64)
 
     def gather(self, values: Values, *, held: bool, batch: int, batches: int) -> None:
         if self.misfit or self.settled:
@@ -251,6 +252,7 @@ class LinearTask(Task):
             free = self.place is not None
             begin, last = None if self.solution is None else self.solution.ridge, turn == self.turns - 1
             how: dict[str, Any] = {"free": free, "ridges": settings.ridges, "begin": begin, "final": last}
+            how["snap"] = self.snapped
             found = solve(fit, held, self.weight, offset, settings.mode, **how)
             self.solution = found if self.solution is None else replace(found, before=self.solution.before)
         if turn == self.turns - 1:
@@ -258,6 +260,14 @@ class LinearTask(Task):
         changed = self.new_values()
         self.seconds += time.perf_counter() - start
         return changed
+
+    def snapped(self, matrix: np.ndarray) -> np.ndarray:
+        """The weight that the file can hold: integers have a range and steps."""
+        name, form = self.consumer.weight, self.consumer.form
+        integers = self.pruned.form(name)
+        if integers is None:
+            return matrix
+        return form.matrix(integers.reals(integers.integers(form.stored(matrix, tuple(self.stored.shape)))))
 
     def new_values(self) -> dict[str, np.ndarray]:
         """Of the stored tensors that it changes, or has changed in an earlier turn."""

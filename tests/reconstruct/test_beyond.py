@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from onnxprune.model.infer import infer
 from onnxprune.model.load import load
 from onnxprune.ops import OPERATORS
+from onnxprune.ops.rules import Flat
 from onnxprune.reconstruct import repair
 from onnxprune.reconstruct.beyond import beyond
 from onnxprune.rewrite.rewrite import rewrite
@@ -135,3 +136,13 @@ def test_flat_parts_are_those_of_the_function(made):
     assert outside.any()
     np.testing.assert_allclose(grows[outside], flat.leak, atol=1e-9)
     assert grows[~outside].max() > 0.05
+
+
+def test_integers_are_flat_beyond_their_range():
+    quantize = OPERATORS["QuantizeLinear"]
+    made = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+    flat = quantize.flat(made, [None, np.array(0.1), np.array(-128, np.int8)])
+    assert (flat.low, flat.high, flat.leak) == pytest.approx((0, 25.5, 0))
+    assert quantize.flat(made, [None, np.array(0.5)]) == Flat(0, 127.5)
+    assert quantize.flat(made, [None, np.array([0.5, 0.1]), np.array(3, np.uint8)]) is None
+    assert quantize.flat(made, [None, None, np.array(3, np.uint8)]) is None

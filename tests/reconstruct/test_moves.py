@@ -40,7 +40,7 @@ def test_a_weight_that_is_repeated_is_not_stored_number_by_number():
     assert found == "its weight is computed from what is stored by Expand 'expand'"
 
 
-def test_a_weight_in_integers_is_left():
+def test_a_weight_in_integers_is_solved_for_and_rounded():
     weights = {"w": np.int8(rng.integers(-9, 9, (6, 4))), "scale": np.array(0.5, np.float32)}
     nodes = [
         node("DequantizeLinear", ["w", "scale"], ["w.f"], "scaled"),
@@ -50,9 +50,14 @@ def test_a_weight_in_integers_is_left():
     model = model_of(Case(nodes, weights, (5,)))
     model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(weights["scale"], "scale"))
     analysis, plan = planned(model)
-    repaired = repair(analysis, plan, [{"x": rng.standard_normal((30, 5))}])
-    reason = "its weight is stored in integers, which DequantizeLinear 'scaled' turns into numbers"
-    assert [x.reason for x in repaired.left] == [reason]
+    how = {"data": [{"x": rng.standard_normal((300, 5))}], "mode": "ls", "ridges": [1e-9]}
+    repaired = repair(analysis, plan, **how)
+    before, after = stored(rewrite(analysis, plan))["w"], stored(repaired.model)["w"]
+    assert after.dtype == np.int8 and not np.array_equal(before, after) and not repaired.left
+    # as solved for where the weight is stored in numbers
+    model = model_of(Case(nodes[1:], {"w.f": 0.5 * weights["w"]}, (5,)))
+    exact = stored(repair(*planned(model), **how).model)["w.f"]
+    np.testing.assert_allclose(0.5 * after, exact, atol=0.25 + 1e-4)
 
 
 def test_a_moved_weight_that_something_else_reads_is_left():

@@ -1,0 +1,96 @@
+"""Work on all cores, that another program on one of them slows down by its share and no more.
+
+The threads of OpenMP and OpenBLAS, which torch and numpy come with, wait for each other busily and at every step: with
+one of two cores taken, a convolution of a small network or a Cholesky factor takes fifty times as long as on one
+thread. So within `sparing_threads` every call is computed on few threads, and what runs side by side is larger pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+
+__all__ = ["each", "in_order", "panels", "product", "sparing_threads"]
+
+MOST = 4  # workers; more cores than these are threads of each
+PANEL = 256  # columns per call: enough to compute at full speed
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class _Workers:
+    pool: ThreadPoolExecutor
+    count: int
+
+
+_workers: ContextVar[_Workers | None] = ContextVar("workers", default=None)
+
+
+@contextmanager
+def sparing_threads() -> Iterator[None]:
+    """Calls of torch and numpy take a share of the threads that torch is set to; `each` and `in_order` run several
+    at once. What comes out does not depend on which is faster."""
+    cores = torch.get_num_threads()
+    count = min(cores, MOST)
+    share = max(1, cores // count)
+    with (
+        _controller().limit(limits=share, user_api="blas"),
+        ThreadPoolExecutor(count, "onnxprune", initializer=torch.set_num_threads, initargs=(share,)) as pool,
+    ):
+        torch.set_num_threads(share)
+        before = _workers.set(_Workers(pool, count) if count > 1 else None)
+        try:
+            yield
+        finally:
+            _workers.reset(before)
+            torch.set_num_threads(cores)
+
+
+@cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def each(jobs: Iterable[Callable[[], None]]) -> None:
+    """Run them, several at once; they must not write to the same place."""
+    for _ in in_order(lambda job: job(), jobs):
+        pass
+
+
+def in_order(function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
+    """What a function gives, in order; as many at once as there are workers, and no further ahead."""
+    workers = _workers.get()
+    if workers is None:
+        yield from map(function, values)
+        return
+    rest = iter(values)
+    while several := list(islice(rest, workers.count)):
+        yield from workers.pool.map(function, several) if len(several) > 1 else map(function, several)
+
+
+def panels(columns: int) -> list[slice]:
+    """Of so many columns, what a call takes."""
+    return [slice(k, min(k + PANEL, columns)) for k in range(0, columns, PANEL)]
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b, of (m, k) and (k, n)."""
+    found = np.empty((len(a), b.shape[1]), np.result_type(a, b))
+
+    def panel(at: slice) -> None:
+        np.matmul(a, b[:, at], out=found[:, at])
+
+    each(partial(panel, at) for at in panels(b.shape[1]))
+    return found
