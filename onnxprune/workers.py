@@ -7,13 +7,13 @@ thread. So within `sparing_threads` every call is computed on few threads, and w
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -75,9 +75,13 @@ def in_order(function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
     if workers is None:
         yield from map(function, values)
         return
-    rest = iter(values)
-    while several := list(islice(rest, workers.count)):
-        yield from workers.pool.map(function, several) if len(several) > 1 else map(function, several)
+    pending: deque[Future[B]] = deque()
+    for value in values:
+        pending.append(workers.pool.submit(function, value))
+        if len(pending) == workers.count:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def panels(columns: int) -> list[slice]:
