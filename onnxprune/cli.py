@@ -250,9 +250,12 @@ def compress(
             on_step=progress.step,
             **options,
         )
-    deliver(
-        json_to, lambda: compress_document(result), lambda: compress_report(result, verbose=verbose > 0), quiet=quiet
-    )
+    unasked = options["data"] is None and options["repair"] in (None, "auto")
+
+    def report() -> str:
+        return compress_report(result, verbose=verbose > 0, unrepaired=unasked)
+
+    deliver(json_to, lambda: compress_document(result), report, quiet=quiet)
     for warning in result.warnings:
         say(f"warning: {warning}", err=True)
 

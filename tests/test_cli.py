@@ -391,6 +391,15 @@ def test_a_target_out_of_reach_writes_nothing(tiny_cnn: Path, tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.onnx"]
 
 
+def test_without_data_the_report_says_what_would_repair(tiny_cnn: Path) -> None:
+    line = "repair: none, for there is no data"
+    how = ("compress", tiny_cnn, "--target", "macs=0.5", "--no-latency", "--force")
+    said = " ".join(run(*how).stdout.split())
+    assert f"{line} (--data FEW.npz wins accuracy back, no labels needed; without any: --calibrate bn)" in said
+    assert line not in run(*how, "--repair", "none").stdout
+    assert line not in run(*how, "--dry-run").stdout
+
+
 def test_best_effort_writes_what_comes_closest_and_says_so(tiny_cnn: Path, tmp_path: Path) -> None:
     result = run("compress", tiny_cnn, "--target", "macs=0.0001", "--no-latency", "--best-effort")
     assert result.exit_code == 0, result.output

@@ -60,8 +60,11 @@ PORTS = 8  # inputs, and outputs, unless asked for more
 Port = tuple[str, str, str]  # name, type, shape
 
 
-def compress_report(result: Result, *, verbose: bool = False) -> str:
-    """The whole report of `compress`: table, target, verification, latency. Warnings are the caller's."""
+def compress_report(result: Result, *, verbose: bool = False, unrepaired: bool = False) -> str:
+    """The whole report of `compress`: table, target, verification, latency. Warnings are the caller's.
+
+    unrepaired: whether to say what a repair would want, where there was none.
+    """
     parts = [summary_table(result, verbose=verbose), _target_line(result)]
     if " on " in result.ranking:
         parts.append(f"ranked by: {result.ranking}")
@@ -71,6 +74,8 @@ def compress_report(result: Result, *, verbose: bool = False) -> str:
         parts.append(_method_line(result.sparsified, result.training))
     if result.repair is not None:
         parts.append(_repair_line(result.repair))
+    elif unrepaired and result.after is not None:
+        parts.append(_unrepaired_line(result))
     if result.training is not None:
         parts.append(_training_line(result.training))
     if result.latency is not None:
@@ -139,6 +144,15 @@ def _method_line(s: Sparsified, training: Training | None) -> str:
     of = f" of {training.steps}" if training is not None else ""
     proof = "" if s.max_rel_error is None else f", removed at a relative error of {power(s.max_rel_error)}"
     return f"method: {s.method}, {s.steps}{of} steps on the whole network, {s.zero} of {s.units} units zero{proof}"
+
+
+def _unrepaired_line(result: Result) -> str:
+    from onnxprune.repairs import has_statistics
+
+    without = ""
+    if has_statistics(result.analysis.graph, result.analysis.registry):
+        without = "; without any: --calibrate bn"
+    return f"repair: none, for there is no data (--data FEW.npz wins accuracy back, no labels needed{without})"
 
 
 def _repair_line(r: Repair) -> str:

@@ -50,7 +50,7 @@ def test_units_go_round_by_round_and_stay_away() -> None:
 def test_redundant_units_are_zero_at_the_end(optimizer: str, rounds: int) -> None:
     _, hooks, _ = trained(IMP, IMPOptions(rounds=rounds), optimizer=optimizer, ema=0.9)
     assert torch.equal(hooks.table.square(hooks.table.x.banks) == 0, hooks.dead)
-    assert hooks.removals == rounds - 1 and 0.495 <= macs_left(hooks) <= 0.53
+    assert hooks.removals == rounds - 1 and 0.475 <= macs_left(hooks) <= 0.525
 
 
 @pytest.mark.parametrize("at", [5, 20, 33])
