@@ -137,7 +137,8 @@ def measure(
     removed = {g.id: _counts(g.size, fractions) for g in groups}
     masks = {g.id: [np.argsort(ranked[g.id], kind="stable")[:n] for n in removed[g.id]] for g in groups}
     taken = _Taken(analysis, calibration, chosen, masks, samples=samples, repaired=repaired)
-    taken.run(progress)
+    with calibration.threads():
+        taken.run(progress)
     before, curves = taken.result(), {}
     for gid, counts in removed.items():
         found = [taken.of(gid, k) for k in range(len(counts))]

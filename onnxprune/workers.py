@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["each", "in_order", "panels", "product", "sparing_threads"]
+__all__ = ["add_squares", "each", "in_order", "panels", "product", "sparing_threads"]
 
 MOST = 4  # workers; more cores than these are threads of each
 PANEL = 256  # columns per call: enough to compute at full speed
@@ -87,6 +87,21 @@ def in_order(function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
 def panels(columns: int) -> list[slice]:
     """Of so many columns, what a call takes."""
     return [slice(k, min(k + PANEL, columns)) for k in range(0, columns, PANEL)]
+
+
+def add_squares(total: np.ndarray, x: np.ndarray) -> None:
+    """total (g, p, p) += x' x of every group of x (g, n, p)."""
+    each(partial(_add_squares, total[k], x[k], at) for k in range(len(x)) for at in panels(x.shape[2]))
+
+
+def _add_squares(total: np.ndarray, x: np.ndarray, at: slice) -> None:
+    """The columns `at` from the diagonal on, and the same rows: it is symmetric."""
+    own, rest = x[:, at], slice(at.stop, None)
+    total[at, at] += own.T @ own  # half of the work, which numpy knows of one matrix
+    if at.stop < x.shape[1]:
+        below = x[:, rest].T @ own
+        total[rest, at] += below
+        total[at, rest] += below.T
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:

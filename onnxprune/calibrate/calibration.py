@@ -6,6 +6,7 @@ torch is imported only then, so that whoever ranks by weights alone does without
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLES", "Calibration"]
 
 SAMPLES = 512
+SMALL = 5e9  # multiply-accumulates of a batch: so small a network gains little by several threads
 
 
 @dataclass(eq=False)
@@ -73,37 +75,50 @@ class Calibration:
         """Of the activations where units are read, by tensor and axis."""
         from onnxprune.calibrate.moments import activation_moments
 
-        return activation_moments(self.analysis, self.watched, self.batches)
+        with self.threads():
+            return activation_moments(self.analysis, self.watched, self.batches)
 
     @cached_property
     def information(self) -> Mapping[str, np.ndarray]:
         """Per group id, what the output (or the loss on targets) loses with each unit, to second order."""
         from onnxprune.calibrate import gradients
 
-        if self.loss is None:
-            return gradients.fisher_information(self.watched, self.batches, seed=self.seed)
-        return gradients.task_information(self.watched, self.batches, self._criterion())
+        with self.threads():
+            if self.loss is None:
+                return gradients.fisher_information(self.watched, self.batches, seed=self.seed)
+            return gradients.task_information(self.watched, self.batches, self._criterion())
 
     @cached_property
     def slopes(self) -> Mapping[str, np.ndarray]:
         """Per group id, the slope of the distillation loss in each unit, where some others are gone."""
         from onnxprune.calibrate.gradients import distillation_slopes
 
-        return distillation_slopes(self.watched, self.batches, seed=self.seed)
+        with self.threads():
+            return distillation_slopes(self.watched, self.batches, seed=self.seed)
 
     @cached_property
     def predictor(self) -> Predictor:
         """What stands for removed units after a repair."""
         from onnxprune.calibrate.predicted import Predictor
 
-        return Predictor(self.watched, self.batches)
+        with self.threads():
+            return Predictor(self.watched, self.batches)
 
     @cached_property
     def saliencies(self) -> Mapping[str, np.ndarray]:
         """Per group id, what each unit costs its readers after they have made the best of the others."""
         from onnxprune.calibrate.saliency import saliencies
 
-        return saliencies(self.watched, self.batches)
+        with self.threads(small=True):  # most of the time goes into many small matrices
+            return saliencies(self.watched, self.batches)
+
+    def threads(self, *, small: bool = False) -> AbstractContextManager[None]:
+        """To compute in. small: that it doesn't gain by several threads is known."""
+        from onnxprune.model.profile import costs
+        from onnxprune.workers import sparing_threads
+
+        work = costs(self.analysis)["macs"].total({}) * self.batches.size
+        return sparing_threads() if small or work < SMALL else nullcontext()
 
     def _criterion(self) -> Any:
         from onnxprune.train.loss import criterion, output_kinds

@@ -24,6 +24,7 @@ from onnxprune.calibrate.watched import Batches, Watched
 from onnxprune.model.weights import FLOATS
 from onnxprune.reconstruct.unfolded import Unfolded, unfolded
 from onnxprune.select.importance import unit_of
+from onnxprune.workers import add_squares, in_order
 
 __all__ = ["greedy_saliency", "saliencies"]
 
@@ -37,15 +38,18 @@ def saliencies(watched: Watched, batches: Batches) -> dict[str, np.ndarray]:
     """Per group id and unit, what the unit cost when it went, in greedy order: never less than what went before it.
     Groups that no layer with a closed form reads are absent. Passes over the data until all covariances were seen."""
     readers = {g.id: list(_readers(watched, g)) for g in watched.analysis.groups}
-    found = {}
+    sizes = {g.id: g.size for g in watched.analysis.groups}
+    found: dict[str, np.ndarray] = {}
     for chunk in _chunks(readers):
         wanted = {r.key: r for gid in chunk for r in readers[gid]}
         covariances = _covariances(watched, batches, list(wanted.values()))
-        for gid in chunk:
+
+        def of_group(gid: str, covariances: Mapping[tuple[int, int], np.ndarray] = covariances) -> np.ndarray | None:
             layers = [layer for r in readers[gid] for layer in r.layers(watched, covariances[r.key])]
-            size = next(g.size for g in watched.analysis.groups if g.id == gid)
-            if layers:
-                found[gid] = greedy_saliency(layers, size)
+            return greedy_saliency(layers, sizes[gid]) if layers else None
+
+        costs = zip(chunk, in_order(of_group, chunk), strict=True)
+        found |= {gid: cost for gid, cost in costs if cost is not None}
     return found
 
 
@@ -168,8 +172,7 @@ class _Gathered(Interpreter):
             )
             held[0] += rows.shape[1]
             held[1] += rows.sum(1)
-            for k in range(len(rows)):
-                held[2][k] += rows[k].T @ rows[k]
+            add_squares(held[2], rows)
         return result
 
 

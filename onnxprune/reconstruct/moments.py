@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from onnxprune.workers import each, panels, product
+from onnxprune.workers import add_squares, each, panels, product
 
 __all__ = ["Moments"]
 
@@ -41,17 +41,8 @@ class Moments:
         """x: (g, n, p) and y: (g, n, o), float64."""
         self.n += x.shape[1]
         self.x += x.sum(1)
-        each(partial(self._add, k, at, x[k]) for k in range(len(x)) for at in panels(x.shape[2]))
+        add_squares(self.xx, x)
         self.aim(x, y)
-
-    def _add(self, k: int, at: slice, x: np.ndarray) -> None:
-        """The columns `at` of a group's matrix, from the diagonal on, and the same rows: it is symmetric."""
-        own, rest = x[:, at], slice(at.stop, None)
-        self.xx[k, at, at] += own.T @ own  # half of the work, which numpy knows of one matrix
-        if at.stop < x.shape[1]:
-            below = x[:, rest].T @ own
-            self.xx[k, rest, at] += below
-            self.xx[k, at, rest] += below.T
 
     def aim(self, x: np.ndarray, y: np.ndarray) -> None:
         """Of rows that were added before, other targets: see `aimed`."""
