@@ -5,7 +5,7 @@
 
 One CalibrationReader serves it all: the repair (--repair) solves on it, and onnxruntime's quantize_static measures
 ranges on it, for the original and for the pruned network. "int8, pruned" is the other way round: the int8 file is
-pruned (and repaired as far as it can be: int8 weights stay). Quantised are weights (int8, per channel) and activations
+pruned, and repaired in the ranges that its integers have. Quantised are weights (int8, per channel) and activations
 (uint8), as QDQ nodes, with min-max ranges.
 
 top-1 and agreement (the same class as the original) are taken on the test images, latency on one thread at batch 1 by

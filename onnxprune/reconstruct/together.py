@@ -1,8 +1,8 @@
 """Several samples at once through two networks whose file is fixed to a batch size, mostly to one sample.
 
 Run one at a time, a small network costs more in calls than in numbers. Whether several can be run at once is found
-out by trying (`train.batching.free_batch`); what a repair reads must then be what it is for one, with more
-samples in front.
+out by trying (`train.batching.free_batch`); what a repair reads must then be what it is for one, with more samples in
+front.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def together(sides: Sequence[Side], tasks: Sequence[Task], most: int, *, seed: i
         return 1
     rng = np.random.default_rng(seed)
     feeds = [draw(graph, graph.pins, rng) for _ in range(2)]
-    one, two = ([s.shapes(feed) for s in sides] for feed in (feeds[0], joined(feeds)))
+    try:
+        one, two = ([s.shapes(feed) for s in sides] for feed in (feeds[0], joined(feeds)))
+    except RuntimeError:  # not on such inputs
+        return 1
     return count if all(t.scales(one, two, signature.batch) for t in tasks) else 1
 
 
