@@ -250,7 +250,7 @@ def compress(
             on_step=progress.step,
             **options,
         )
-    unasked = options["data"] is None and options["repair"] in (None, "auto")
+    unasked = options["data"] is None and options["repair"] == "auto"
 
     def report() -> str:
         return compress_report(result, verbose=verbose > 0, unrepaired=unasked)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["add_squares", "each", "in_order", "panels", "product", "sparing_threads"]
+__all__ = ["add_squares", "each", "in_order", "over_panels", "product", "sparing_threads"]
 
 MOST = 4  # workers; more cores than these are threads of each
 PANEL = 256  # columns per call: enough to compute at full speed
@@ -45,17 +45,19 @@ def sparing_threads() -> Iterator[None]:
     cores = torch.get_num_threads()
     count = min(cores, MOST)
     share = max(1, cores // count)
-    with (
-        _controller().limit(limits=share, user_api="blas"),
-        ThreadPoolExecutor(count, "onnxprune", initializer=torch.set_num_threads, initargs=(share,)) as pool,
-    ):
-        torch.set_num_threads(share)
-        before = _workers.set(_Workers(pool, count) if count > 1 else None)
-        try:
-            yield
-        finally:
-            _workers.reset(before)
-            torch.set_num_threads(cores)
+    try:
+        with (
+            _controller().limit(limits=share, user_api="blas"),
+            ThreadPoolExecutor(count, "onnxprune", initializer=torch.set_num_threads, initargs=(share,)) as pool,
+        ):
+            torch.set_num_threads(share)
+            before = _workers.set(_Workers(pool, count) if count > 1 else None)
+            try:
+                yield
+            finally:
+                _workers.reset(before)
+    finally:  # no sooner than every worker has ended, for they set it as well
+        torch.set_num_threads(cores)
 
 
 @cache
@@ -63,7 +65,7 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def each(jobs: Iterable[Callable[[], None]]) -> None:
+def each(jobs: Iterable[Callable[[], object]]) -> None:
     """Run them, several at once; they must not write to the same place."""
     for _ in in_order(lambda job: job(), jobs):
         pass
@@ -84,14 +86,20 @@ def in_order(function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
         yield pending.popleft().result()
 
 
-def panels(columns: int) -> list[slice]:
-    """Of so many columns, what a call takes."""
-    return [slice(k, min(k + PANEL, columns)) for k in range(0, columns, PANEL)]
+def over_panels(job: Callable[[int, slice], object], groups: int, columns: int) -> None:
+    """job(group, columns) for all of them. Where a panel holds all columns it runs where it is called: depthwise
+    layers have hundreds of groups, each too small to be handed on."""
+    if columns <= PANEL:
+        for k in range(groups):
+            job(k, slice(0, columns))
+        return
+    parts = [slice(k, min(k + PANEL, columns)) for k in range(0, columns, PANEL)]
+    each(partial(job, k, at) for k in range(groups) for at in parts)
 
 
 def add_squares(total: np.ndarray, x: np.ndarray) -> None:
     """total (g, p, p) += x' x of every group of x (g, n, p)."""
-    each(partial(_add_squares, total[k], x[k], at) for k in range(len(x)) for at in panels(x.shape[2]))
+    over_panels(lambda k, at: _add_squares(total[k], x[k], at), len(x), x.shape[2])
 
 
 def _add_squares(total: np.ndarray, x: np.ndarray, at: slice) -> None:
@@ -105,11 +113,7 @@ def _add_squares(total: np.ndarray, x: np.ndarray, at: slice) -> None:
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, of (m, k) and (k, n)."""
-    found = np.empty((len(a), b.shape[1]), np.result_type(a, b))
-
-    def panel(at: slice) -> None:
-        np.matmul(a, b[:, at], out=found[:, at])
-
-    each(partial(panel, at) for at in panels(b.shape[1]))
+    """a @ b, of (..., m, k) and (..., k, n)."""
+    found = np.empty((*a.shape[:-1], b.shape[-1]), np.result_type(a, b))
+    over_panels(lambda _, at: np.matmul(a, b[..., at], out=found[..., at]), 1, b.shape[-1])
     return found

@@ -65,16 +65,24 @@ def test_without_workers_everything_runs_where_it_is_called() -> None:
     assert set(in_order(lambda _: threading.current_thread(), range(3))) == {threading.current_thread()}
 
 
-def test_moments_and_products_are_the_same_on_any_number_of_threads(threads: int) -> None:
+def test_threads_are_given_back_where_work_is_left_undone(threads: int) -> None:
+    with pytest.raises(KeyError), sparing_threads():
+        for _ in in_order(lambda _: time.sleep(0.01), range(8)):
+            raise KeyError
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("columns", [9, 600])
+def test_moments_and_products_are_the_same_on_any_number_of_threads(threads: int, columns: int) -> None:
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((2, 900, 600)), rng.standard_normal((2, 900, 7))
-    alone, together = (Moments.zeros(2, 600, 7) for _ in range(2))
+    x, y = rng.standard_normal((2, 900, columns)), rng.standard_normal((2, 900, 7))
+    alone, together = (Moments.zeros(2, columns, 7) for _ in range(2))
     alone.add(x, y)
     with sparing_threads():
         together.add(x, y)
-        found = product(y[0].T, x[0])
+        found = product(y.swapaxes(1, 2), x)
     for name in ("xx", "yx", "x", "y", "yy"):
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-12, atol=1e-10)
     np.testing.assert_allclose(together.xx, np.einsum("gnp,gnq->gpq", x, x), rtol=1e-12, atol=1e-10)
     np.testing.assert_array_equal(together.xx, together.xx.swapaxes(1, 2))
-    np.testing.assert_allclose(found, y[0].T @ x[0], atol=1e-10)
+    np.testing.assert_allclose(found, np.einsum("gno,gnp->gop", y, x), atol=1e-10)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node, Proxy
+from torch.fx import GraphModule, Node, Proxy
 
 from onnxprune.axes.analysis import Analysis
 from onnxprune.axes.dead import PRODUCES
@@ -26,6 +26,7 @@ from onnxprune.data.source import Source
 from onnxprune.errors import DataError
 from onnxprune.mirroring.build import Builder
 from onnxprune.mirroring.quantised import Quantised
+from onnxprune.mirroring.shapes import tensor_shapes
 from onnxprune.mirroring.values import as_tensor
 from onnxprune.train.batching import free_batch, takes_several
 
@@ -127,28 +128,15 @@ class Watched:
             return {}
         shapes = []
         for count in FEW:
-            seen = _Shapes(self.module)
-            with torch.no_grad():
-                seen.run(*(torch.cat([x[:1]] * count) for x in inputs))
-            shapes.append(seen.found)
+            found = tensor_shapes(self.module, [torch.cat([x[:1]] * count) for x in inputs])
+            gates: Any = {n.args[1]: shape for n, shape in found.items() if n.target is gate}
+            shapes.append(gates)
         axes = {}
         for number, first in shapes[0].items():
             differing = [k for k, (a, b) in enumerate(zip(first, shapes[1][number], strict=False)) if a != b]
             if len(differing) == 1 and first[differing[0]] % FEW[0] == 0:
                 axes[number] = differing[0]
         return axes
-
-
-class _Shapes(Interpreter):
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[int, tuple[int, ...]] = {}
-
-    def run_node(self, node: Node) -> Any:
-        result = super().run_node(node)
-        if node.target is gate and isinstance(result, Tensor):
-            self.found[node.args[1]] = tuple(result.shape)  # type: ignore[index]
-        return result
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from torch.fx.node import map_arg
 
 from onnxprune.mirroring.build import Builder
 from onnxprune.mirroring.quantised import Quantised
-from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.ops.registry import Operator
 from onnxprune.ops.rules import MALFORMED
@@ -74,21 +73,12 @@ class Side:
         listed = list(found) if len(self.graph.outputs) > 1 else [found]
         return [x if isinstance(x, torch.Tensor) else None for x in listed]
 
-    def shapes(self, feed: Mapping[str, np.ndarray]) -> dict[Node, tuple[int, ...]]:
-        """Of every tensor in the mirror, for these inputs. Raises RuntimeError where it can't be run."""
-        found: dict[Node, tuple[int, ...]] = {}
-        run = [n for n in self.nodes if n.op not in ("placeholder", "output")]
-        env: dict[Node, Any] = {n: as_tensor(feed[name]) for n, name in zip(self.inputs, self.names, strict=True)}
-        for node, value in self.run(run, env):
-            env[node] = value
-            if isinstance(value, torch.Tensor):
-                found[node] = tuple(value.shape)
-        return found
-
     @torch.no_grad()
     def run(self, nodes: Iterable[Node], env: Mapping[Node, Any]) -> Iterator[tuple[Node, Any]]:
         """The nodes' values, one after the other. env: of the nodes that they read, as it is by then. Raises
-        RuntimeError where one can't be run."""
+        RuntimeError where one can't be run.
+
+        Not by an fx.Interpreter, which holds its values itself: batches run side by side, and into several steps."""
         for node in nodes:
             with _running(node.name):
                 arguments: Any = map_arg(node.args, env.__getitem__)

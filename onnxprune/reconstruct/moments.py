@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from onnxprune.workers import add_squares, each, panels, product
+from onnxprune.workers import add_squares, over_panels, product
 
 __all__ = ["Moments"]
 
@@ -46,12 +46,12 @@ class Moments:
 
     def aim(self, x: np.ndarray, y: np.ndarray) -> None:
         """Of rows that were added before, other targets: see `aimed`."""
-        each(partial(self._aim, k, at, x[k], y[k]) for k in range(len(x)) for at in panels(x.shape[2]))
+        over_panels(partial(self._aim, x, y), len(x), x.shape[2])
         self.y += y.sum(1)
         self.yy += np.einsum("gno,gno->go", y, y)
 
-    def _aim(self, k: int, at: slice, x: np.ndarray, y: np.ndarray) -> None:
-        self.yx[k, :, at] += y.T @ x[:, at]
+    def _aim(self, x: np.ndarray, y: np.ndarray, k: int, at: slice) -> None:
+        self.yx[k, :, at] += y[k].T @ x[k][:, at]
 
     def aimed(self) -> Moments:
         """Of the same rows, and no targets yet; the rows' moments are shared."""
@@ -63,8 +63,7 @@ class Moments:
 
     def error(self, weight: np.ndarray, offset: np.ndarray) -> float:
         """Sum of squares of x w' + offset - y over all rows and outputs. weight: (g, o, p), offset: (g, o)."""
-        pulled = np.stack([product(w, xx) for w, xx in zip(weight, self.xx, strict=True)])
-        predicted = np.einsum("gop,gop->", pulled - 2 * self.yx, weight)
+        predicted = np.einsum("gop,gop->", product(weight, self.xx) - 2 * self.yx, weight)
         shifted = 2 * np.einsum("go,go->", offset, np.einsum("gop,gp->go", weight, self.x) - self.y)
         return float(predicted + shifted + self.n * np.square(offset).sum() + self.yy.sum())
 

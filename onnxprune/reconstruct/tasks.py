@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from onnxprune.mirroring.shapes import Shapes
 from onnxprune.reconstruct.beyond import Beyond
 from onnxprune.reconstruct.bilinear import Grams, solve_bilinear
 from onnxprune.reconstruct.consumers import Consumer, Left
@@ -32,7 +33,6 @@ ROWS = 1 << 16
 ROWS_PER_COLUMN = 32
 RESIZED = "its axes are not those of the sizes that the file was analysed with"
 
-Shapes = Mapping[Node, tuple[int, ...]]
 Values = Sequence[Mapping[Node, Any]]  # of both networks' nodes, for one batch
 
 

@@ -14,11 +14,13 @@ from math import prod
 import numpy as np
 
 from onnxprune.data.signature import signature_of
+from onnxprune.mirroring.shapes import Shapes, tensor_shapes
+from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.model.pins import batch_dimension
 from onnxprune.reconstruct.lockstep import Side
 from onnxprune.reconstruct.tasks import Task
-from onnxprune.train.batching import free_batch
+from onnxprune.train.batching import UNFIT, free_batch
 from onnxprune.verify.inputs import draw
 
 __all__ = ["activations", "grouped", "joined", "together"]
@@ -41,10 +43,14 @@ def together(sides: Sequence[Side], tasks: Sequence[Task], most: int, *, seed: i
     rng = np.random.default_rng(seed)
     feeds = [draw(graph, graph.pins, rng) for _ in range(2)]
     try:
-        one, two = ([s.shapes(feed) for s in sides] for feed in (feeds[0], joined(feeds)))
-    except RuntimeError:  # not on such inputs
+        one, two = ([_shapes(s, feed) for s in sides] for feed in (feeds[0], joined(feeds)))
+    except UNFIT:  # not on such inputs
         return 1
     return count if all(t.scales(one, two, signature.batch) for t in tasks) else 1
+
+
+def _shapes(side: Side, feed: Feed) -> Shapes:
+    return tensor_shapes(side.module, [as_tensor(feed[n]) for n in side.names])
 
 
 def grouped(feeds: Iterable[Feed], count: int) -> Iterator[Feed]:

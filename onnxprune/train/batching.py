@@ -9,23 +9,24 @@ that can be learnt from has to be the same. The file stays as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from onnxprune.data.signature import Signature
 from onnxprune.errors import DataError
+from onnxprune.mirroring.shapes import Shapes, tensor_shapes
 from onnxprune.mirroring.values import as_tensor
 from onnxprune.model.graph import Graph
 from onnxprune.model.outputs import output_kinds
 from onnxprune.verify.compare import difference
 from onnxprune.verify.inputs import SPREADS, draw
 
-__all__ = ["Unfitting", "fitting", "free_batch", "takes_several"]
+__all__ = ["UNFIT", "Unfitting", "fitting", "free_batch", "takes_several"]
 
 TRIES = 3  # pairs of feeds; some models give the same for most inputs
 TOLERANCE = 1e-4  # relative; sums are taken in another order
@@ -88,7 +89,7 @@ def takes_several(mirror: GraphModule, graph: Graph, *, seed: int = 0) -> bool:
     return _outputs(mirror, graph, one) is None or _outputs(mirror, graph, two) is not None
 
 
-def _relax(mirror: GraphModule, shapes: Mapping[Node, tuple[int, ...]]) -> list[tuple[Node, Any, tuple]]:
+def _relax(mirror: GraphModule, shapes: Shapes) -> list[tuple[Node, Any, tuple]]:
     """Let reshapes to constant sizes find the first one themselves, and what is put beside constants (as zeros for
     padding) repeat them for every sample; gives the nodes with what they had before. shapes: of the nodes' tensors."""
     before = []
@@ -116,27 +117,12 @@ def _beside(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([x.expand(samples, *x.shape[1:]) if len(x) == 1 else x for x in tensors], dim)
 
 
-class _Shapes(Interpreter):
-    """shapes: of the tensors of all nodes that were run."""
-
-    def __init__(self, mirror: GraphModule) -> None:
-        super().__init__(mirror)
-        self.shapes: dict[Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: Node) -> Any:
-        found = super().run_node(n)
-        if isinstance(found, Tensor):
-            self.shapes[n] = tuple(found.shape)
-        return found
-
-
-@torch.no_grad()
-def _shapes(mirror: GraphModule, graph: Graph, feed: Feed) -> dict[Node, tuple[int, ...]]:
-    """As far as the mirror can be run on this."""
-    seen = _Shapes(mirror)
-    with suppress(*UNFIT):
-        seen.run(*(as_tensor(feed[n]) for n in graph.inputs))
-    return seen.shapes
+def _shapes(mirror: GraphModule, graph: Graph, feed: Feed) -> Shapes:
+    """Empty where the mirror can't be run on this."""
+    try:
+        return tensor_shapes(mirror, [as_tensor(feed[n]) for n in graph.inputs])
+    except UNFIT:
+        return {}
 
 
 def _same(mirror: GraphModule, graph: Graph, feeds: Sequence[Feed], size: int, learnt: Sequence[str]) -> bool | None:
